@@ -1,0 +1,216 @@
+"""Every setting, as frozen dataclasses. The text under a field is its `--help`: unit, meaning, special values.
+
+A field says what one thing is; rules that look at two sections stand in `rules.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how long it may take."""
+
+    dir: str = ""
+    """Run directory. Empty = runs/<run.name>."""
+    name: str = "run"
+    """Name of the run, for the directory and the logs."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu or cuda."""
+    resume: str = "auto"
+    """auto: go on from the run directory's latest checkpoint if configuration, data and tokenizer match, else refuse;
+    never: start anew, refuse a directory that holds checkpoints; must: refuse to start without a checkpoint."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is built, and what of it trains."""
+
+    preset: str = "tiny"
+    """Name of a preset in config/presets.py."""
+    connector: str = ""
+    """attention_pooling, linear, mlp or resampler. Empty = the preset's."""
+    vision_layers: tuple[int, ...] | None = None
+    """Vision layers (0-based) whose outputs feed the connector, in this order. Empty list = the last layer, after its
+    norm. Not set = the preset's."""
+    freeze: tuple[str, ...] = ("base_embeddings",)
+    """Components that do not train: vision, connector, language, base_embeddings (with a tied head: the head too)."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where the weights of a new run come from."""
+
+    checkpoint: str = ""
+    """Directory of a checkpoint (or of checkpoints: its latest) whose weights, not its schedule, the run starts from.
+    Empty = random weights."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one model is spread over processes. Data parallelism is what remains of the world size."""
+
+    tensor: int = 1
+    """Ranks that share each layer's weights. Divides the decoder's query heads, MLP width and vocabulary."""
+    sequence: bool = False
+    """Shard the decoder's norms and residuals along the sequence over the tensor-parallel ranks."""
+    pipeline: int = 1
+    """Pipeline stages. Vision and connector stand on the first."""
+    virtual_pipeline: int = 1
+    """Model chunks per pipeline stage (interleaved schedule). 1 = off."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Decoder layers of each stage (of each chunk, stage by stage within chunk, if interleaved). Empty = even."""
+    context: int = 1
+    """Ranks that share one row, each holding a contiguous part of it."""
+    vision: str = "data"
+    """data: each rank of a replica encodes its share of the crops with the whole tower."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how rows are made."""
+
+    manifest: str = "sample"
+    """Directory of indexed shards (holds manifest.json), or `sample`: the bundled sample data, built on first use."""
+    mixture: str = "sample"
+    """Mixture file (YAML: groups, rates, members), or the name of one in examples/recipes/mixtures/."""
+    tokenizer: str = "sample"
+    """tokenizer.json or a directory that holds it; `sample`: the small one trained on the sample data."""
+    split: str = "train"
+    """Split of the manifest to train on."""
+    sequence_length: int = 512
+    """Tokens in a packed row."""
+    max_crops: int = 16
+    """Crops in a packed row."""
+    image_crops: int = 8
+    """Most high-resolution crops of one image; 0 = only the whole image as a single crop."""
+    window: int = 1024
+    """Samples drawn, tokenized and packed together; nothing is carried from one window to the next."""
+    workers: int = 0
+    """Processes that decode ahead of training. 0 = decode in the training process."""
+    seed: int = 0
+    """Keys the order of samples and every random choice about a sample."""
+    prompts: str = "style_and_length"
+    """How a user turn begins: `style_and_length` (pre-training: `style N:`) or `style` (`style:`)."""
+    loss_weighting: str = "uniform"
+    """Weight of a loss token: uniform (1), root_subsegments (1/sqrt K) or root_tokens (2/sqrt n/sqrt K), with n loss
+    tokens in the branch and K branches. A mixture member may set a flat weight instead."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The amount and the arithmetic of training."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch: int = 8
+    """Packed rows per step, over all data-parallel ranks."""
+    micro_batch: int = 1
+    """Packed rows per forward pass on one rank."""
+    seed: int = 6198
+    """Keys weight initialisation and dropout."""
+    precision: str = "float32"
+    """float32 or bf16."""
+    recompute: str = "none"
+    """Activations recomputed in backward: none, selective (core attention) or full (whole layers)."""
+    z_loss: float = 1e-4
+    """Weight of logsumexp squared beside the cross-entropy."""
+    logit_chunk: int = 1024
+    """Loss tokens whose logits are in memory at once."""
+    residual_dropout: float = 0.0
+    """Probability of dropping a channel of a decoder layer's output before the residual add, all tokens."""
+    response_dropout: float = 0.0
+    """The same, only at tokens with a loss weight."""
+
+
+@dataclass(frozen=True)
+class ComponentOptimConfig:
+    """Learning rate of one component. Warm-up is linear from 0."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 0
+    """Steps until the peak."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, one group per component; gradients are clipped per component."""
+
+    vision: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
+    """The vision tower."""
+    connector: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
+    """The connector and the new embedding rows."""
+    language: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
+    """The decoder, its head and, unless frozen, the base embeddings."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-6
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest gradient norm of a component (vision; connector with the new rows; language). 0 = no clipping."""
+    schedule: str = "cosine"
+    """From the peak to min_lr: cosine, linear or constant."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and how many to keep."""
+
+    every: int = 1000
+    """Steps between checkpoints. 0 = only after the last step."""
+    keep: int = 2
+    """Newest checkpoints kept. 0 = all."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Loss on held-out rows during training."""
+
+    every: int = 0
+    """Steps between evaluations. 0 = never."""
+    rows: int = 32
+    """Packed held-out rows in an evaluation."""
+    split: str = "validation"
+    """Split of the manifest they come from."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while training."""
+
+    every: int = 10
+    """Steps between progress lines. metrics.jsonl and TensorBoard get every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What is built."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Where weights come from."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How it is spread."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How it trains."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """When to evaluate."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What to log."""
