@@ -1,0 +1,108 @@
+"""Process groups of a run: Megatron's, made once, and groups of one rank for parts that are replicated."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_vlm.parallel.layout import Layout
+
+_single: dist.ProcessGroup | None = None
+
+
+def initialize(layout: Layout, *, backend: str = "gloo", seed: int = 0, timeout_s: float = 600.0) -> None:
+    """Make Megatron's process groups for `layout` and seed every random generator.
+
+    torch.distributed must be initialised with `layout.world` ranks (ValueError otherwise). Every rank calls it.
+    `timeout_s` bounds every collective of these groups. The default generators get `seed` on all ranks; Megatron's
+    tracker adds states of its own per tensor-parallel rank.
+    """
+    global _single
+    if not dist.is_initialized() or dist.get_world_size() != layout.world:
+        found = dist.get_world_size() if dist.is_initialized() else "no"
+        raise ValueError(
+            f"the layout is for {layout.world} processes, but torch.distributed has {found} processes; "
+            "call torch.distributed.init_process_group first, with the world size of the layout."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        context_parallel_size=layout.context,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        distributed_timeout_minutes=timeout_s / 60,  # whole minutes by its signature; it takes fractions
+        # Gloo twins serve checkpoints of GPU runs; over gloo the groups themselves do.
+        create_gloo_process_groups=True,
+    )
+    # Every rank takes part in making every group, and keeps its own.
+    timeout = timedelta(seconds=timeout_s)
+    for rank in range(layout.world):
+        group = dist.new_group([rank], timeout=timeout, backend=backend)
+        if rank == dist.get_rank():
+            _single = group
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def destroy() -> None:
+    """Drop Megatron's groups and the group of one. torch.distributed itself stays initialised."""
+    global _single
+    parallel_state.destroy_model_parallel()
+    _single = None
+
+
+def megatron() -> ProcessGroupCollection:
+    """All of Megatron's groups of this rank, for parts that are sharded."""
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def replicated() -> ProcessGroupCollection:
+    """Groups for a part that every rank holds whole: tensor, context and pipeline groups of this rank alone.
+
+    The data-parallel groups are Megatron's own.
+    """
+    groups = megatron()
+    single = this_rank()
+    for name in ("tp", "cp", "pp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp"):
+        setattr(groups, name, single)
+    return groups
+
+
+def this_rank() -> dist.ProcessGroup:
+    """The group of this rank alone."""
+    assert _single is not None, "groups.initialize has not been called"
+    return _single
+
+
+def tensor() -> dist.ProcessGroup:
+    """Ranks that share each layer's weights."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def context() -> dist.ProcessGroup:
+    """Ranks that share one row."""
+    return parallel_state.get_context_parallel_group()
+
+
+def pipeline() -> dist.ProcessGroup:
+    """Stages of one model."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def tensor_and_context() -> dist.ProcessGroup:
+    """Ranks that share the crops of one micro-batch, in the order of Layout.crop_rank."""
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
+def data() -> dist.ProcessGroup:
+    """Copies of the model that read different rows."""
+    return parallel_state.get_data_parallel_group()
+
+
+def data_and_context() -> dist.ProcessGroup:
+    """Ranks that hold the same shard of the weights: their gradients are summed."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -1,0 +1,88 @@
+"""Which rank does what: rank arithmetic of a parallel layout. Integers only, no process groups.
+
+Ranks are counted as Megatron-core counts them by default (`tp-cp-ep-dp-pp`): tensor fastest, then context, data,
+pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vlm.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Place of one rank on each axis, from 0."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism of a run over `world` processes."""
+
+    world: int
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("world", "tensor", "context", "pipeline", "virtual_pipeline"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a degree of parallelism is at least 1.")
+        model = self.tensor * self.context * self.pipeline
+        if self.world % model:
+            raise ValueError(
+                f"{self.world} processes cannot hold whole models of {model} processes each (tensor {self.tensor} x "
+                f"context {self.context} x pipeline {self.pipeline}). Start a multiple of {model} processes, or change "
+                "parallel.tensor, parallel.context or parallel.pipeline."
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1, which is 1: there is "
+                "no pipeline to interleave. Set parallel.virtual_pipeline=1 or use more pipeline stages."
+            )
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world: int) -> Layout:
+        """The layout that `parallel` gives on `world` processes. Raises ValueError where they do not fit."""
+        return cls(world, parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
+
+    @property
+    def data(self) -> int:
+        """Data-parallel degree: copies of the model that read different rows."""
+        return self.world // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def chunks(self) -> int:
+        """Pipeline chunks of the whole model: stages x virtual stages."""
+        return self.pipeline * self.virtual_pipeline
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of `rank`. Raises ValueError for a rank outside the world."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"rank {rank} does not exist in a world of {self.world}; ranks are 0 to {self.world - 1}.")
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinates(tensor, context, data, pipeline)
+
+    def rank(self, coordinates: Coordinates) -> int:
+        """The rank at `coordinates`."""
+        at = coordinates
+        return at.tensor + self.tensor * (at.context + self.context * (at.data + self.data * at.pipeline))
+
+    @property
+    def crop_ranks(self) -> int:
+        """Ranks that share the crops of one micro-batch: the TP x CP group."""
+        return self.tensor * self.context
+
+    def crop_rank(self, rank: int) -> int:
+        """Position of `rank` in its TP x CP group: context x TP + tensor."""
+        at = self.coordinates(rank)
+        return at.context * self.tensor + at.tensor
