@@ -1,0 +1,246 @@
+"""Write a directory of shards: media tars, their index, one Arrow file of samples per data set and split, a manifest.
+
+Everything goes to a directory of another name first, which is renamed when it is whole: a build that stops leaves
+nothing that looks finished. Equal input in equal order gives equal bytes.
+
+    with ShardWriter("my_shards") as writer:
+        photo = writer.add_image(open("cat.jpg", "rb").read())
+        writer.add(Example("cat", (Branch("long_caption", (Turn("", "A cat ..."),)),), (photo,)), "captions", "train")
+        writer.add_file("tokenizer.json", data)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from megatron_vlm.data.example import NAME, Example, Media, to_json
+from megatron_vlm.data.image import EXTENSIONS, probe
+from megatron_vlm.data.tar import Member, add_member, end_tar, write_offsets
+
+#: Version of the directory's form; a reader refuses another one.
+FORMAT = 1
+MEDIA_SCHEMA = pa.schema(
+    [
+        ("key", pa.binary(32)),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("record", pa.string()),
+        ("checksum", pa.uint32()),
+        ("media", pa.int32()),
+        ("branches", pa.int32()),
+        ("characters", pa.int32()),
+    ]
+)
+#: Samples buffered before they go to disk as one Arrow record batch.
+BATCH_SAMPLES = 8192
+
+
+class ShardWriter:
+    """Collects media and samples; the directory appears when the `with` block ends without an error.
+
+    shard_bytes: a media tar is closed when it has grown to this size.
+    overwrite:   replace a directory that stands in the way (only one that holds a manifest.json).
+    """
+
+    def __init__(self, directory: str | Path, *, shard_bytes: int = 1 << 30, overwrite: bool = False) -> None:
+        self.directory = Path(directory)
+        self._shard_bytes = shard_bytes
+        self._overwrite = overwrite
+        self._partial = self.directory.with_name(f"{self.directory.name}.partial-{os.getpid()}")
+        if self.directory.exists() and not (overwrite and (self.directory / "manifest.json").is_file()):
+            raise ValueError(
+                f"{self.directory} exists already. Choose another directory, or ask for overwriting shards."
+            )
+        self._media: dict[str, tuple[int, int, int, Media]] = {}
+        self._samples: dict[tuple[str, str], _SampleFile] = {}
+        self._tar: BinaryIO | None = None
+        self._members: list[Member] = []
+        self._shards: list[str] = []
+        self._files: list[str] = []
+
+    def __enter__(self) -> ShardWriter:
+        shutil.rmtree(self._partial, ignore_errors=True)
+        for folder in ("media", "samples"):
+            (self._partial / folder).mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._tar is not None:
+                self._tar.close()
+            for samples in self._samples.values():
+                samples.abandon()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def add_image(self, data: bytes) -> Media:
+        """Store an image file as it is, once however often it is added.
+
+        Raises ValueError where the header is not that of an allowed image.
+        """
+        key = hashlib.sha256(data).hexdigest()
+        if key in self._media:
+            return self._media[key][3]
+        header = probe(data, name=key)
+        media = Media(key, header.width, header.height)
+        if self._tar is None:
+            self._open_tar()
+        member = add_member(self._tar, f"{key}.{EXTENSIONS[header.format]}", data)
+        self._members.append(member)
+        self._media[key] = (len(self._shards) - 1, member.offset, member.size, media)
+        if self._tar.tell() >= self._shard_bytes:
+            self._close_tar()
+        return media
+
+    def add(self, example: Example, dataset: str, split: str) -> None:
+        """Append a sample to a data set's split.
+
+        Raises ValueError, naming the sample, for one that cannot be trained on, whose key the split holds already, or
+        whose media were not added.
+        """
+        for name in (dataset, split):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a data set or split: use letters, digits, `_` and `-`.")
+        example.check()
+        for media in example.media:
+            if media.key not in self._media or self._media[media.key][3] != media:
+                raise ValueError(f"sample {example.key!r} names media {media}, which add_image did not return.")
+        if (dataset, split) not in self._samples:
+            self._samples[dataset, split] = _SampleFile(self._partial / "samples" / f"{dataset}.{split}.arrow")
+        self._samples[dataset, split].add(example)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Put a further file (a tokenizer, a licence) beside the shards, under the manifest's checksums."""
+        if not NAME.fullmatch(name.replace(".", "-")) or name.startswith(".") or name == "manifest.json":
+            raise ValueError(f"{name!r} cannot name a file beside the shards.")
+        (self._partial / name).write_bytes(data)
+        self._files.append(name)
+
+    def _open_tar(self) -> None:
+        name = f"media/{len(self._shards):06d}.tar"
+        self._tar = (self._partial / name).open("wb")
+        self._shards.append(name)
+        self._members = []
+
+    def _close_tar(self) -> None:
+        if self._tar is None:
+            return
+        end = end_tar(self._tar)
+        self._tar.close()
+        self._tar = None
+        write_offsets(self._partial / f"{self._shards[-1]}.idx", self._members, end)
+
+    def _finish(self) -> None:
+        self._close_tar()
+        self._write_media_index()
+        datasets: dict[str, dict[str, dict[str, int]]] = {}
+        for (dataset, split), samples in sorted(self._samples.items()):
+            datasets.setdefault(dataset, {})[split] = samples.close()
+        if not datasets:
+            raise ValueError(f"no sample was added to {self.directory}: nothing is written.")
+        files = {
+            path.relative_to(self._partial).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(self._partial.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {
+            "format": FORMAT,
+            "datasets": datasets,
+            "media": {"count": len(self._media), "shards": self._shards},
+            "files": files,
+        }
+        (self._partial / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        self._move()
+
+    def _move(self) -> None:
+        if self._overwrite and self.directory.exists():
+            retired = self._partial.with_name(f"{self._partial.name}.old")
+            os.rename(self.directory, retired)
+            os.rename(self._partial, self.directory)
+            shutil.rmtree(retired)
+            return
+        try:
+            os.rename(self._partial, self.directory)
+        except OSError:
+            # Another process finished the same build first: equal bytes are as good as ours.
+            theirs = self.directory / "manifest.json"
+            if not theirs.is_file() or theirs.read_bytes() != (self._partial / "manifest.json").read_bytes():
+                raise
+
+    def _write_media_index(self) -> None:
+        rows = [
+            (bytes.fromhex(key), shard, offset, size, media.width, media.height)
+            for key, (shard, offset, size, media) in sorted(self._media.items())
+        ]
+        columns = list(zip(*rows, strict=True)) if rows else [[] for _ in MEDIA_SCHEMA]
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, MEDIA_SCHEMA, strict=True)]
+        with pa.OSFile(str(self._partial / "media.arrow"), "wb") as sink, pa.ipc.new_file(sink, MEDIA_SCHEMA) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=MEDIA_SCHEMA))
+
+
+class _SampleFile:
+    """One Arrow IPC file of samples, written in record batches."""
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, SAMPLE_SCHEMA)
+        self._rows: list[tuple[str, str, int, int, int, int]] = []
+        self._keys: set[str] = set()
+        self._branches = 0
+
+    def add(self, example: Example) -> None:
+        if example.key in self._keys:
+            raise ValueError(f"sample key {example.key!r} is used twice in one data set and split.")
+        self._keys.add(example.key)
+        record = to_json(example)
+        branches = len(example.branches)
+        self._branches += branches
+        checksum = zlib.crc32(record.encode())
+        self._rows.append((example.key, record, checksum, len(example.media), branches, len(record)))
+        if len(self._rows) == BATCH_SAMPLES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(column, type=field.type) for column, field in zip(columns, SAMPLE_SCHEMA, strict=True)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=SAMPLE_SCHEMA))
+            self._rows = []
+
+    def close(self) -> dict[str, int]:
+        """Finish the file; returns its counts for the manifest."""
+        self._flush()
+        self._writer.close()
+        self.abandon()
+        return {"samples": len(self._keys), "branches": self._branches}
+
+    def abandon(self) -> None:
+        """Let go of the file, whole or not."""
+        self._sink.close()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
