@@ -21,10 +21,11 @@ def chunk(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Ten
 
 
 def heads_to_ranks(tensor: torch.Tensor, sequence_length: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """Before attention. In: (t, b, h, d), this rank's chunk, all heads. Out: (s, b, h/cp, d), the row, this rank's heads.
+    """Before attention.
 
-    Moves: one all-to-all, and its inverse in backward. Raises ValueError where cp does not divide h, or where t is not the
-    chunk that a row of `sequence_length` tokens gives this rank.
+    In: (t, b, h, d), this rank's chunk, all heads. Out: (s, b, h/cp, d), the row, this rank's heads.
+    Moves: one all-to-all, and its inverse in backward. Raises ValueError where cp does not divide h, or where t is not
+    the chunk that a row of `sequence_length` tokens gives this rank.
     """
     cp = group.size()
     if cp == 1:
@@ -37,15 +38,16 @@ def heads_to_ranks(tensor: torch.Tensor, sequence_length: int, group: dist.Proce
         )
     if tensor.shape[2] % cp:
         raise ValueError(
-            f"{tensor.shape[2]} attention heads cannot be dealt to {cp} context ranks; parallel.context must divide the "
-            "heads that a tensor-parallel rank holds (repeat key and value heads with context.repeat_heads)."
+            f"{tensor.shape[2]} attention heads cannot be dealt to {cp} context ranks; parallel.context must divide "
+            "the heads that a tensor-parallel rank holds (repeat key and value heads with context.repeat_heads)."
         )
     return _HeadsToRanks.apply(tensor, counts, group)
 
 
 def tokens_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """After attention. In: (s, b, h/cp, d), the row, this rank's heads. Out: (t, b, h, d), this rank's chunk, all heads.
+    """After attention.
 
+    In: (s, b, h/cp, d), the row, this rank's heads. Out: (t, b, h, d), this rank's chunk, all heads.
     Moves: one all-to-all, and its inverse in backward.
     """
     if group.size() == 1:
@@ -56,8 +58,9 @@ def tokens_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Ten
 def repeat_heads(tensor: torch.Tensor, query_heads: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Key or value heads repeated so that they can be dealt to the ranks beside their queries.
 
-    In: (t, b, k, d). Out: (t, b, k', d), k' the least multiple of k that divides by cp; head i stands k'/k times in a row,
-    so grouped-query attention of `query_heads` over k' heads gives what it gives over k. Gradients of copies add up.
+    In: (t, b, k, d). Out: (t, b, k', d), k' the least multiple of k that divides by cp; head i stands k'/k times in a
+    row, so grouped-query attention of `query_heads` over k' heads gives what it gives over k. Gradients of copies add
+    up.
     Raises ValueError where `query_heads` (of this tensor-parallel rank) is no multiple of k'.
     """
     heads = tensor.shape[2]
@@ -65,8 +68,8 @@ def repeat_heads(tensor: torch.Tensor, query_heads: int, group: dist.ProcessGrou
     if query_heads % needed:
         raise ValueError(
             f"{query_heads} query heads and {heads} key-value heads on a tensor-parallel rank cannot be dealt to "
-            f"{group.size()} context ranks: {needed} key-value heads would be needed, which do not divide {query_heads}. "
-            "Lower parallel.context."
+            f"{group.size()} context ranks: {needed} key-value heads would be needed, which do not divide "
+            f"{query_heads}. Lower parallel.context."
         )
     return tensor if needed == heads else tensor.repeat_interleave(needed // heads, dim=2)
 
@@ -74,22 +77,21 @@ def repeat_heads(tensor: torch.Tensor, query_heads: int, group: dist.ProcessGrou
 def _deal_heads(tensor: torch.Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
     """(t, b, h, d) -> (s, b, h/cp, d)."""
     t, b, h, d = tensor.shape
-    cp = group.size()
-    sent = tensor.reshape(t, b, cp, h // cp, d).permute(2, 0, 1, 3, 4).contiguous()
-    received = tensor.new_empty((sum(counts), b, h // cp, d))
+    cp, s = group.size(), sum(counts)
+    sent = tensor.reshape(t, b, cp, h // cp, d).permute(2, 0, 1, 3, 4).reshape(cp * t, b, h // cp, d)
+    received = tensor.new_empty((s, b, h // cp, d))
     # Chunks arrive in the order of the ranks, which is the order of the row.
-    dist.all_to_all_single(received.view(sum(counts), -1), sent.view(cp * t, -1), list(counts), [t] * cp, group=group)
+    dist.all_to_all_single(received, sent.contiguous(), list(counts), [t] * cp, group=group)
     return received
 
 
 def _deal_tokens(tensor: torch.Tensor, counts: tuple[int, ...], group: dist.ProcessGroup) -> torch.Tensor:
     """(s, b, h/cp, d) -> (t, b, h, d)."""
-    s, b, h, d = tensor.shape
+    _, b, h, d = tensor.shape
     cp, t = group.size(), counts[group.rank()]
-    received = tensor.new_empty((cp, t, b, h, d))
-    sent = tensor.contiguous().view(s, -1)
-    dist.all_to_all_single(received.view(cp * t, -1), sent, [t] * cp, list(counts), group=group)
-    return received.permute(1, 2, 0, 3, 4).reshape(t, b, cp * h, d)
+    received = tensor.new_empty((cp * t, b, h, d))
+    dist.all_to_all_single(received, tensor.contiguous(), [t] * cp, list(counts), group=group)
+    return received.view(cp, t, b, h, d).permute(1, 2, 0, 3, 4).reshape(t, b, cp * h, d)
 
 
 class _HeadsToRanks(torch.autograd.Function):

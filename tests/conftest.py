@@ -1,0 +1,44 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+# Before anything imports torch: the machine's cores are shared by the processes of the pools.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+from tests.pool import Pool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Callable[[int], Pool]]:
+    """`pool(world)` are the processes for that world size; `pool(world).run(function, *args)` calls on each."""
+    pools: dict[int, Pool] = {}
+
+    def of(world: int) -> Pool:
+        return pools.setdefault(world, Pool(world))
+
+    yield of
+    for each in pools.values():
+        each.close()
+
+
+@pytest.fixture
+def one_rank(tmp_path) -> Iterator[None]:
+    """Megatron on the CPU in this process, with torch.distributed and Megatron's groups for a world of one."""
+    import torch.distributed as dist
+
+    from megatron_vlm.parallel import cpu
+
+    cpu.enable("cpu")
+    from megatron_vlm.parallel import groups
+    from megatron_vlm.parallel.layout import Layout
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    groups.initialize(Layout(1), seed=0)
+    yield
+    groups.destroy()
+    dist.destroy_process_group()

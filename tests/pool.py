@@ -1,0 +1,150 @@
+"""Run a function on every rank of a gloo world on CPU: `pool(2).run(function, *args)`.
+
+Starting processes costs seconds, so each world size keeps its processes for the whole test session. They are forked
+from one server that has imported torch and Megatron. Every call gets process groups of its own.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+#: After one rank has failed, the others may finish or fail by themselves for so long; then the pool is killed.
+GRACE_S = 2.0
+
+
+class Pool:
+    """`world` processes, one per rank, started on first use."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        """Call `function(*args)` on every rank; the results by rank.
+
+        `function` stands at the top level of a module; arguments and results are pickled. On each rank
+        torch.distributed is initialised over gloo and Megatron runs on the CPU; Megatron's groups are the function's to
+        make (parallel.groups.initialize) and are destroyed afterwards. Raises RuntimeError with the traceback of the
+        first rank that fails, TimeoutError when not all ranks answer within `timeout_s`; then the processes are killed
+        and the next call starts new ones.
+        """
+        self._start()
+        folder = tempfile.mkdtemp(prefix="pool-")
+        task = pickle.dumps((os.path.join(folder, "store"), timeout_s, function, args))
+        # The path comes first: the function's module is found through it.
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps(sys.path))
+            pipe.send_bytes(task)
+        try:
+            return self._collect(timeout_s)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Kill the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        context = multiprocessing.get_context("forkserver")
+        # The server finds tests.preload through PYTHONPATH only (Python 3.11 does not hand it sys.path).
+        root = str(Path(__file__).parent.parent)
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        context.set_forkserver_preload(["tests.preload"])
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _collect(self, timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = dict(zip(self._pipes, range(self.world), strict=True))
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), timeout=left):
+                rank = waiting.pop(pipe)
+                try:
+                    failed, answer = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self._processes[rank].join()
+                    failed, answer = True, f"the process died with exit code {self._processes[rank].exitcode}"
+                if failed:
+                    failures[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                else:
+                    results[rank] = answer
+        silent = sorted(waiting.values())
+        if silent or any("the process died" in text for text in failures.values()):
+            self.close()
+        if failures:
+            rank, text = next(iter(failures.items()))
+            others = f" (ranks {silent} did not answer any more)" if silent else ""
+            raise RuntimeError(f"rank {rank} of {self.world} failed{others}:\n{text}")
+        if silent:
+            raise TimeoutError(f"ranks {silent} of {self.world} gave no answer within {timeout_s} s: see stderr.")
+        return [results[rank] for rank in range(self.world)]
+
+
+def _serve(rank: int, world: int, pipe: Connection) -> None:
+    """Body of one process: answer calls until the pipe closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    if Path("/sys/class/net/lo").exists():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name may not resolve
+    while True:
+        try:
+            sys.path[:] = pickle.loads(pipe.recv_bytes())
+            task = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            answer = pickle.dumps((False, _call(rank, world, task)))
+        except BaseException:
+            answer = pickle.dumps((True, traceback.format_exc()))
+        pipe.send_bytes(answer)
+
+
+def _call(rank: int, world: int, task: bytes) -> Any:
+    import torch.distributed as dist
+
+    from megatron_vlm.parallel import groups
+
+    store, timeout_s, function, args = pickle.loads(task)
+    timeout = timedelta(seconds=timeout_s)
+    faulthandler.dump_traceback_later(max(timeout_s - 2.0, 1.0), exit=False)
+    try:
+        shared = dist.FileStore(store, world)
+        dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=timeout)
+        return function(*args)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        groups.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()

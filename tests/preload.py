@@ -1,0 +1,13 @@
+"""Imported once by the fork server of tests/pool.py: every process of every pool starts with Megatron in memory."""
+
+from megatron_vlm.parallel import cpu
+
+cpu.enable("cpu")
+
+import megatron.core.dist_checkpointing  # noqa: E402, F401
+import megatron.core.distributed  # noqa: E402, F401
+import megatron.core.models.gpt  # noqa: E402, F401
+import megatron.core.optimizer  # noqa: E402, F401
+import megatron.core.pipeline_parallel  # noqa: E402, F401
+
+import megatron_vlm.parallel.groups  # noqa: E402, F401

@@ -1,0 +1,57 @@
+"""The process pool: results by rank, failures with their traceback, hangs that end."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.pool import Pool
+
+
+def total(value: int) -> tuple[int, int]:
+    tensor = torch.tensor(value + dist.get_rank())
+    dist.all_reduce(tensor)
+    return dist.get_rank(), tensor.item()
+
+
+def fail_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise KeyError("the planted error")
+    dist.barrier()
+
+
+def leave(rank: int) -> None:
+    if dist.get_rank() == rank:
+        import os
+
+        os._exit(7)
+    dist.barrier()
+
+
+def hang() -> None:
+    while True:
+        time.sleep(1)
+
+
+def test_results_come_by_rank_and_groups_are_fresh(pool):
+    assert pool(2).run(total, 5) == [(0, 11), (1, 11)]
+    assert pool(2).run(total, 6) == [(0, 13), (1, 13)]
+
+
+def test_failing_rank_is_named_with_its_traceback_and_the_pool_recovers(pool):
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 failed[\s\S]*fail_on[\s\S]*the planted error"):
+        pool(2).run(fail_on, 1)
+    assert pool(2).run(total, 5) == [(0, 11), (1, 11)]
+
+
+def test_dead_and_hanging_processes_end_the_call(pool):
+    one = Pool(1)
+    with pytest.raises(RuntimeError, match="exit code 7"):
+        one.run(leave, 0)
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] of 1 gave no answer within 0.5 s"):
+        one.run(hang, timeout_s=0.5)
+    assert one.run(total, 1) == [(0, 1)]
+    one.close()
