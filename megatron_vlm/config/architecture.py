@@ -56,6 +56,8 @@ class VisionArchitecture:
     """A learned token before the patches (CLIP); the connector never sees it."""
     pre_norm: bool
     """A LayerNorm between the embeddings and the first layer (CLIP)."""
+    post_norm: bool
+    """A LayerNorm after the last layer, where no layer is tapped (SigLIP; CLIP normalises its class token only)."""
     patch_bias: bool
     """The patch embedding has a bias (SigLIP)."""
     mean: tuple[float, float, float]
@@ -86,7 +88,8 @@ class ConnectorArchitecture:
     kind: str
     """One of CONNECTORS."""
     taps: tuple[int, ...]
-    """Vision layers (0-based) whose outputs are concatenated, in this order. () = the last layer, after its norm."""
+    """Vision layers (0-based) whose outputs are concatenated, in this order. () = the last layer, after its
+    norm where the tower has one."""
     image_pool: int
     """Side of the window of patches pooled into one vector, for images. 1 = no pooling. Not used by the resampler."""
     video_pool: int

@@ -1,4 +1,4 @@
-"""Named architectures. A preset is data: adding one adds no class. Sources of the numbers: the models' published configs."""
+"""Named architectures. A preset is data: adding one adds no class. The numbers are those of the published configs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ HALF = (0.5, 0.5, 0.5)
 # google/siglip2-so400m-patch14-384: 384 // 14 = 27 patches a side, so 378 pixels are used.
 SIGLIP2_SO400M = VisionArchitecture(
     image_size=378, patch_size=14, width=1152, heads=16, mlp=4304, layers=27, activation="gelu_tanh",
-    norm_eps=1e-6, class_token=False, pre_norm=False, patch_bias=True, mean=HALF, std=HALF,
+    norm_eps=1e-6, class_token=False, pre_norm=False, post_norm=True, patch_bias=True, mean=HALF, std=HALF,
 )  # fmt: skip
 # openai/clip-vit-large-patch14-336.
 CLIP_VIT_L_336 = VisionArchitecture(
     image_size=336, patch_size=14, width=1024, heads=16, mlp=4096, layers=24, activation="quick_gelu",
-    norm_eps=1e-5, class_token=True, pre_norm=True, patch_bias=False,
+    norm_eps=1e-5, class_token=True, pre_norm=True, post_norm=False, patch_bias=False,
     mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
 )  # fmt: skip
 TINY_VISION = VisionArchitecture(
     image_size=112, patch_size=14, width=96, heads=4, mlp=256, layers=4, activation="gelu_tanh",
-    norm_eps=1e-6, class_token=False, pre_norm=False, patch_bias=True, mean=HALF, std=HALF,
+    norm_eps=1e-6, class_token=False, pre_norm=False, post_norm=True, patch_bias=True, mean=HALF, std=HALF,
 )  # fmt: skip
 
 
-def _qwen3(hidden: int, layers: int, heads: int, mlp: int, *, tied: bool, rope_theta: float = 1e6) -> LanguageArchitecture:
+def _qwen3(
+    hidden: int, layers: int, heads: int, mlp: int, *, tied: bool, rope_theta: float = 1e6
+) -> LanguageArchitecture:
     return LanguageArchitecture(
         hidden=hidden, layers=layers, heads=heads, kv_heads=8, head_dim=128, mlp=mlp, vocab_size=151_936, new_rows=128,
         tied_head=tied, rope_theta=rope_theta, norm_eps=1e-6, qk_norm=True, qkv_bias=False, max_positions=40_960,
@@ -106,7 +108,9 @@ def architecture(model: ModelConfig) -> Architecture:
     connector = arch.connector
     if model.connector:
         if model.connector not in CONNECTORS:
-            raise ValueError(f"model.connector={model.connector!r} does not exist; choose one of {', '.join(CONNECTORS)}.")
+            raise ValueError(
+                f"model.connector={model.connector!r} does not exist; choose one of {', '.join(CONNECTORS)}."
+            )
         resampler = model.connector == "resampler"
         connector = dataclasses.replace(
             connector,
@@ -116,6 +120,11 @@ def architecture(model: ModelConfig) -> Architecture:
         )
     if model.vision_layers is not None:
         connector = dataclasses.replace(connector, taps=tuple(model.vision_layers))
+    connector = dataclasses.replace(
+        connector,
+        image_pool=model.image_pool or connector.image_pool,
+        video_pool=model.video_pool or connector.video_pool,
+    )
     outside = [tap for tap in connector.taps if not 0 <= tap < arch.vision.layers]
     if outside:
         raise ValueError(

@@ -34,6 +34,10 @@ class ModelConfig:
     vision_layers: tuple[int, ...] | None = None
     """Vision layers (0-based) whose outputs feed the connector, in this order. Empty list = the last layer, after its
     norm. Not set = the preset's."""
+    image_pool: int = 0
+    """Side of the window of patches pooled into one vector, for images; 1 = no pooling. 0 = the preset's."""
+    video_pool: int = 0
+    """The same for video frames."""
     freeze: tuple[str, ...] = ("base_embeddings",)
     """Components that do not train: vision, connector, language, base_embeddings (with a tied head: the head too)."""
 

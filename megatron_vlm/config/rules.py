@@ -1,0 +1,209 @@
+"""Rules that settings must keep, each stated once with its numbers. Types and names are `load.py`'s business.
+
+A rule is a generator of messages; none means kept. `check` gathers all of them, so that one start shows every mistake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
+
+from megatron_vlm.config import presets
+from megatron_vlm.config.architecture import COMPONENTS, Architecture
+from megatron_vlm.config.keys import keys
+from megatron_vlm.config.schema import Config
+
+Rule = Callable[[Config, Architecture, int], Iterator[str]]
+
+#: Values that a setting may have.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "run.device": ("auto", "cpu", "cuda"),
+    "run.resume": ("auto", "never", "must"),
+    "parallel.vision": ("data",),
+    "data.prompts": ("style_and_length", "style"),
+    "data.loss_weighting": ("uniform", "root_subsegments", "root_tokens"),
+    "train.precision": ("float32", "bf16"),
+    "train.recompute": ("none", "selective", "full"),
+    "optim.schedule": ("cosine", "linear", "constant"),
+}
+#: Smallest value of a number, where 0 is not the smallest.
+AT_LEAST: dict[str, float] = {
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "parallel.virtual_pipeline": 1,
+    "parallel.context": 1,
+    "data.sequence_length": 1,
+    "data.window": 1,
+    "train.steps": 1,
+    "train.global_batch": 1,
+    "train.micro_batch": 1,
+    "train.logit_chunk": 1,
+    "log.every": 1,
+}
+#: Probabilities and decay rates: less than 1.
+BELOW_ONE = ("train.residual_dropout", "train.response_dropout", "optim.betas")
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raises one ValueError with every rule that the settings break on `world_size` processes."""
+    broken = list(_values(config))
+    if not broken:
+        # The other rules divide by these values.
+        arch = presets.architecture(config.model)
+        broken = [message for rule in RULES for message in rule(config, arch, world_size)]
+    if len(broken) == 1:
+        raise ValueError(broken[0])
+    if broken:
+        raise ValueError(f"{len(broken)} settings do not fit:\n" + "\n".join(f"  - {message}" for message in broken))
+
+
+def _values(config: Config) -> Iterator[str]:
+    """Rules that one setting keeps or breaks alone."""
+    for name in keys():
+        value = reduce(getattr, name.split("."), config)
+        if name in CHOICES and value not in CHOICES[name]:
+            yield f"{name}={value!r} does not exist; choose one of {', '.join(CHOICES[name])}."
+        for number in _numbers(value):
+            least = AT_LEAST.get(name, 0)
+            if not math.isfinite(number) or number < least:
+                yield f"{name}={value} must be at least {least}, and finite."
+            elif name in BELOW_ONE and number >= 1:
+                yield f"{name}={value} must be less than 1."
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _world(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    p = config.parallel
+    model = p.tensor * p.pipeline * p.context
+    if world % model:
+        yield (
+            f"{world} processes cannot be divided into models of {model} processes (parallel.tensor={p.tensor} x "
+            f"parallel.pipeline={p.pipeline} x parallel.context={p.context}); start a multiple of {model}, "
+            "or make one of the three smaller."
+        )
+        return
+    data = world // model
+    rows = data * config.train.micro_batch
+    if config.train.global_batch % rows:
+        yield (
+            f"train.global_batch={config.train.global_batch} rows cannot be dealt to {data} data-parallel ranks in "
+            f"micro-batches of train.micro_batch={config.train.micro_batch}; it must be a multiple of {rows}."
+        )
+        return
+    steps = config.train.global_batch // rows
+    if p.virtual_pipeline > 1 and steps % p.pipeline:
+        yield (
+            f"train.global_batch={config.train.global_batch} gives {steps} micro-batches a rank; with "
+            f"parallel.virtual_pipeline={p.virtual_pipeline} they must be a multiple of "
+            f"parallel.pipeline={p.pipeline}: make the global batch a multiple of {rows * p.pipeline}."
+        )
+
+
+def _tensor(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    tensor, language = config.parallel.tensor, arch.language
+    whole = (("query heads", language.heads), ("MLP width", language.mlp), ("vocabulary rows", language.vocab_size))
+    for what, number in whole:
+        if number % tensor:
+            yield (
+                f"parallel.tensor={tensor} does not divide the {number} {what} of {config.model.preset!r}; "
+                f"degrees that do: {_divisors(number)}."
+            )
+    if language.kv_heads % tensor and tensor % language.kv_heads:
+        yield (
+            f"parallel.tensor={tensor} neither divides nor is a multiple of the {language.kv_heads} key and value "
+            f"heads of {config.model.preset!r}."
+        )
+    if config.parallel.sequence and tensor == 1:
+        yield "parallel.sequence=true shards over tensor-parallel ranks, but parallel.tensor=1; raise it or drop this."
+
+
+def _divisors(number: int) -> str:
+    """Degrees up to 64 that divide a number."""
+    return ", ".join(str(degree) for degree in range(1, 65) if number % degree == 0)
+
+
+def _context(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    p, language = config.parallel, arch.language
+    heads = language.heads // p.tensor
+    if p.context > 1 and heads % p.context:
+        yield (
+            f"parallel.context={p.context} does not divide the {heads} query heads of a rank ({language.heads} heads / "
+            f"parallel.tensor={p.tensor}); attention exchanges the sequence for heads, so it must."
+        )
+    kv_heads = max(1, language.kv_heads // p.tensor)
+    if p.context > 1 and kv_heads % p.context and p.context % kv_heads:
+        yield (
+            f"parallel.context={p.context} neither divides nor is a multiple of the {kv_heads} key and value heads "
+            f"of a rank ({language.kv_heads} heads / parallel.tensor={p.tensor})."
+        )
+
+
+def _sequence(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    p, length = config.parallel, config.data.sequence_length
+    parts = p.context * (p.tensor if p.sequence else 1)
+    if length % parts:
+        by = f"parallel.context={p.context}" + (f" x parallel.tensor={p.tensor}" if p.sequence else "")
+        yield (
+            f"data.sequence_length={length} is not a multiple of {parts} ({by}); the nearest that are: "
+            f"{length // parts * parts} and {-(-length // parts) * parts}."
+        )
+    if length > arch.language.max_positions:
+        yield (
+            f"data.sequence_length={length} is longer than the {arch.language.max_positions} positions that "
+            f"{config.model.preset!r} was made for."
+        )
+
+
+def _pipeline(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    p, layers = config.parallel, arch.language.layers
+    chunks = p.pipeline * p.virtual_pipeline
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves pipeline stages, but parallel.pipeline=1; "
+            "raise it or drop this."
+        )
+    if not p.pipeline_layers and layers % chunks:
+        yield (
+            f"{layers} decoder layers cannot be divided evenly over {chunks} pipeline chunks "
+            f"(parallel.pipeline={p.pipeline} x parallel.virtual_pipeline={p.virtual_pipeline}); "
+            f"give the layers of each in parallel.pipeline_layers, {chunks} numbers whose sum is {layers}."
+        )
+    if p.pipeline_layers and (len(p.pipeline_layers) != chunks or sum(p.pipeline_layers) != layers):
+        yield (
+            f"parallel.pipeline_layers={list(p.pipeline_layers)} has {len(p.pipeline_layers)} numbers with the sum "
+            f"{sum(p.pipeline_layers)}; needed are {chunks} (pipeline stages x virtual stages) with the sum {layers}, "
+            f"the decoder layers of {config.model.preset!r}."
+        )
+
+
+def _crops(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    data = config.data
+    if data.max_crops < 1 + data.image_crops:
+        yield (
+            f"data.max_crops={data.max_crops} is less than one image can have: the whole image and "
+            f"data.image_crops={data.image_crops} high-resolution crops are {1 + data.image_crops}."
+        )
+
+
+def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    unknown = [name for name in config.model.freeze if name not in COMPONENTS]
+    if unknown:
+        yield f"model.freeze names {', '.join(unknown)}, which does not exist; choose from {', '.join(COMPONENTS)}."
+    if {"vision", "connector", "language"} <= set(config.model.freeze):
+        yield f"model.freeze={list(config.model.freeze)} leaves nothing to train."
+    for component in ("vision", "connector", "language"):
+        optim = getattr(config.optim, component)
+        if component not in config.model.freeze and optim.min_lr > optim.lr:
+            yield f"optim.{component}.min_lr={optim.min_lr} is above optim.{component}.lr={optim.lr}."
+
+
+RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _training)
