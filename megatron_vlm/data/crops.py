@@ -1,0 +1,97 @@
+"""Pixels -> crops as patches, and the windows of patches that become placeholders.
+
+h, w: pixels of an image. k crops, p patches in a crop, d = patch side squared x 3. n windows, m patches in a window.
+Bytes equal those of transformers' Molmo2 image processor.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from megatron_vlm.batch import PAD
+from megatron_vlm.config.geometry import ImageGeometry, ImageLayout
+
+
+def cut(
+    pixels: np.ndarray, layout: ImageLayout, geometry: ImageGeometry, start: int = 0, stop: int | None = None
+) -> np.ndarray:
+    """Crops `start` to `stop` of an image (all by default): (k, p, d) uint8, the global crop first.
+
+    pixels: (h, w, 3) uint8. Patches in raster order, values of a patch by (row, column, channel).
+    """
+    stop = layout.crops if stop is None else stop
+    side, step = geometry.crop_pixels, geometry.window * geometry.patch_size
+    crops = np.empty((stop - start, geometry.patches, 3 * geometry.patch_size**2), dtype=np.uint8)
+    if start == 0 < stop:
+        _patch(resize(pixels, side, side), geometry, crops[0])
+    if stop > 1:
+        canvas = resize(pixels, layout.canvas[0] * geometry.patch_size, layout.canvas[1] * geometry.patch_size)
+        for crop in range(max(start, 1), stop):
+            row, column = divmod(crop - 1, layout.tiling[1])
+            top, left = row * step, column * step
+            _patch(canvas[top : top + side, left : left + side], geometry, crops[crop - start])
+    return crops
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w, 3) uint8 -> (height, width, 3) uint8: bilinear without antialiasing, in float32, rounded half to even.
+
+    torch's own uint8 kernel is 3 times faster, but its fixed-point weights differ in the last bit of a fifth of the
+    pixels.
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    # Channels stay last in memory: the same numbers as the planar kernel in two thirds of the time.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
+    resized = interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
+    return resized.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
+
+
+def _patch(crop: np.ndarray, geometry: ImageGeometry, out: np.ndarray) -> None:
+    """(side, side, 3) pixels into out (p, d)."""
+    grid, patch = geometry.grid, geometry.patch_size
+    out.reshape(grid, grid, patch, patch, 3)[:] = crop.reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4)
+
+
+@lru_cache(maxsize=512)
+def windows(layout: ImageLayout, geometry: ImageGeometry) -> np.ndarray:
+    """(n, m) int64: the patches of each window as crop * p + patch, crops counted from the image's first; PAD in empty
+    slots. In the order of the image's placeholders. Resampler: one window per crop, all its patches. Read-only."""
+    patches = geometry.patches
+    if geometry.queries:
+        table = np.arange(layout.crops * patches, dtype=np.int64).reshape(layout.crops, patches)
+    else:
+        grid = np.arange(patches, dtype=np.int64).reshape(geometry.grid, geometry.grid)
+        table = _pool(grid, geometry.pool)
+        if layout.tiling[0]:
+            table = np.concatenate([table, _pool(_canvas_patches(layout, geometry), geometry.pool)])
+    table.setflags(write=False)
+    return table
+
+
+def _canvas_patches(layout: ImageLayout, geometry: ImageGeometry) -> np.ndarray:
+    """The canvas as (rows, columns) patch indices: each place is shown by the one crop that owns it."""
+    down, down_patch = _owners(layout.tiling[0], geometry)
+    across, across_patch = _owners(layout.tiling[1], geometry)
+    crop = 1 + down[:, None] * layout.tiling[1] + across[None, :]
+    return crop * geometry.patches + down_patch[:, None] * geometry.grid + across_patch[None, :]
+
+
+def _owners(tiles: int, geometry: ImageGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Along one side of the canvas: which tile owns each patch, and the patch's place in that tile."""
+    place = np.arange(tiles * geometry.window + 2 * geometry.margin, dtype=np.int64)
+    tile = np.clip((place - geometry.margin) // geometry.window, 0, tiles - 1)
+    return tile, place - tile * geometry.window
+
+
+def _pool(grid: np.ndarray, pool: int) -> np.ndarray:
+    """Group a grid of patch indices into windows, (n, pool * pool); the missing patches of an odd grid are PAD, split
+    to both sides with the larger part after."""
+    padding = [((-size) % pool // 2, ((-size) % pool + 1) // 2) for size in grid.shape]
+    grid = np.pad(grid, padding, constant_values=PAD)
+    rows, columns = grid.shape[0] // pool, grid.shape[1] // pool
+    return grid.reshape(rows, pool, columns, pool).transpose(0, 2, 1, 3).reshape(rows * columns, pool * pool)
