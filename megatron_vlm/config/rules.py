@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
-from megatron_vlm.config import presets
+from megatron_vlm.config import geometry, presets
 from megatron_vlm.config.architecture import COMPONENTS, Architecture
 from megatron_vlm.config.keys import keys
 from megatron_vlm.config.schema import Config
@@ -191,6 +191,13 @@ def _crops(config: Config, arch: Architecture, world: int) -> Iterator[str]:
         yield (
             f"data.max_crops={data.max_crops} is less than one image can have: the whole image and "
             f"data.image_crops={data.image_crops} high-resolution crops are {1 + data.image_crops}."
+        )
+    tokens = geometry.most_tokens(geometry.image_geometry(arch, data.image_crops))
+    if tokens >= data.sequence_length:
+        yield (
+            f"data.sequence_length={data.sequence_length} cannot hold the {tokens} tokens that one image of "
+            f"data.image_crops={data.image_crops} high-resolution crops can have, and text; lengthen the row or allow "
+            "fewer crops."
         )
 
 

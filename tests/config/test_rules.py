@@ -63,6 +63,9 @@ BROKEN = [
     (["parallel.pipeline=2", "parallel.pipeline_layers=[1,1,2]"], 2, r"has 3 numbers with the sum 4; needed are 2 "),
     (["parallel.pipeline=2", "parallel.pipeline_layers=[1,2]"], 2, r"has 2 numbers with the sum 3; needed .* sum 4"),
     (["data.image_crops=8", "data.max_crops=8"], 1, r"max_crops=8 is less than one image can have: .* are 9\."),
+    (["data.image_crops=8", "data.sequence_length=145"], 1,
+     r"data\.sequence_length=145 cannot hold the 145 tokens that one image of data\.image_crops=8 "),
+    (["model.image_pool=1", "data.sequence_length=66"], 1, r"sequence_length=66 cannot hold the 66 tokens"),
     (["optim.vision.lr=1e-5", "optim.vision.min_lr=1e-4"], 1, r"optim\.vision\.min_lr=0\.0001 is above .*lr=1e-05"),
 ]  # fmt: skip
 
