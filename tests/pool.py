@@ -83,26 +83,28 @@ class Pool:
     def _collect(self, timeout_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
+        failures: list[tuple[float, int, str]] = []
+        dead = False
         waiting = dict(zip(self._pipes, range(self.world), strict=True))
         while waiting and (left := deadline - time.monotonic()) > 0:
             for pipe in wait(list(waiting), timeout=left):
                 rank = waiting.pop(pipe)
                 try:
-                    failed, answer = pickle.loads(pipe.recv_bytes())
-                except EOFError:
+                    failed_at, answer = pickle.loads(pipe.recv_bytes())
+                except (EOFError, ConnectionResetError):
                     self._processes[rank].join()
-                    failed, answer = True, f"the process died with exit code {self._processes[rank].exitcode}"
-                if failed:
-                    failures[rank] = answer
+                    dead = True
+                    failed_at, answer = 0.1, f"the process died with exit code {self._processes[rank].exitcode}"
+                if failed_at:
+                    failures.append((failed_at, rank, answer))
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 else:
                     results[rank] = answer
         silent = sorted(waiting.values())
-        if silent or any("the process died" in text for text in failures.values()):
+        if silent or dead:
             self.close()
         if failures:
-            rank, text = next(iter(failures.items()))
+            _, rank, text = min(failures)
             others = f" (ranks {silent} did not answer any more)" if silent else ""
             raise RuntimeError(f"rank {rank} of {self.world} failed{others}:\n{text}")
         if silent:
@@ -124,14 +126,11 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
             task = pipe.recv_bytes()
         except EOFError:
             return
-        try:
-            answer = pickle.dumps((False, _call(rank, world, task)))
-        except BaseException:
-            answer = pickle.dumps((True, traceback.format_exc()))
-        pipe.send_bytes(answer)
+        pipe.send_bytes(pickle.dumps(_call(rank, world, task)))
 
 
-def _call(rank: int, world: int, task: bytes) -> Any:
+def _call(rank: int, world: int, task: bytes) -> tuple[float, Any]:
+    """(time of failure or 0, result or traceback)."""
     import torch.distributed as dist
 
     from megatron_vlm.parallel import groups
@@ -142,7 +141,10 @@ def _call(rank: int, world: int, task: bytes) -> Any:
     try:
         shared = dist.FileStore(store, world)
         dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=timeout)
-        return function(*args)
+        return 0.0, function(*args)
+    except BaseException:
+        # The time is taken before the groups go: other ranks fail because of that, and later.
+        return time.monotonic(), traceback.format_exc()
     finally:
         faulthandler.cancel_dump_traceback_later()
         groups.destroy()
