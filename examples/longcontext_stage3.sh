@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+""":"
+# Stage 3, long context, from the weights of stage 2.
+#   torchrun examples/longcontext_stage3.sh [section.key=value ...]
+#   bash examples/longcontext_stage3.sh [section.key=value ...]      starts torchrun itself; RECIPE, NPROC, NNODES ... from the environment
+#
+# This file is bash and Python at once, because torchrun hands it to Python. For bash, the line above is the command ':',
+# which does nothing, and what follows is the script. For Python, everything up to the closing quotes is a string, and
+# the lines after it hand the file to bash.
+set -euo pipefail
+. "$(dirname "$0")/launch.sh"
+launch stage3 "$0" "$@"
+exit
+":"""
+import os
+import sys
+
+os.environ.setdefault("PYTHON", sys.executable)
+os.execvp("bash", ["bash", __file__, *sys.argv[1:]])
