@@ -1,0 +1,131 @@
+"""The data sets of the sample manifest, sample by sample. Names, splits and styles: see `megatron_vlm.data.sample`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from PIL import Image
+
+from megatron_vlm.data.bundled import photos, questions, scenes
+from megatron_vlm.data.bundled.dialogues import dialogue
+from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
+
+#: (data set, split, sample): what a builder hands on.
+Item = tuple[str, str, Example]
+#: Stores an image file, gives back its name and size.
+AddImage = Callable[[bytes], Media]
+#: Longest side of a stored photograph, in pixels.
+PHOTO_SIDE = 224
+#: Images at the end of easy-vqa's published train split that become its validation split.
+EASY_VQA_VALIDATION = 200
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much is made."""
+
+    train_scenes: int = 3000
+    validation_scenes: int = 200
+    test_scenes: int = 400
+    new_kind_scenes: int = 200
+    train_dialogues: int = 2000
+    held_out_dialogues: int = 100
+
+
+def easy_vqa(files: Mapping[str, bytes], add_image: AddImage) -> Iterator[Item]:
+    """The published questions, those of one image as branches of one sample. Answers as published, lower case."""
+    for published in ("train", "test"):
+        asked: dict[int, list[tuple[str, str]]] = {}
+        for question, answer, image in json.loads(files[f"easy_vqa/data/{published}/questions.json"]):
+            asked.setdefault(image, []).append((question, answer))
+        first_validation = len(asked) - EASY_VQA_VALIDATION
+        for image, pairs in sorted(asked.items()):
+            split = "validation" if published == "train" and image >= first_validation else published
+            media = add_image(files[f"easy_vqa/data/{published}/images/{image}.png"])
+            branches = tuple(Branch("easy_vqa", (Turn(question, answer),)) for question, answer in pairs)
+            yield "easy_vqa", split, Example(f"{published}/{image:04d}", branches, (media,), {"image": image})
+
+
+def photographs(files: Mapping[str, bytes], add_image: AddImage) -> Iterator[Item]:
+    """A sample per photograph with its captions and questions; two more where places are known."""
+    for photo in photos.PHOTOS:
+        image = _opened(files[photo.path])
+        media = add_image(scenes.png(_shrunk(image)))
+        branches = (
+            Branch("long_caption", (Turn("", photo.caption),)),
+            Branch("short_caption", (Turn("", photo.short),)),
+            *(Branch("user_qa", (Turn(question, answer),)) for question, answer in photo.questions),
+        )
+        yield "photos", photo.split, Example(photo.name, branches, (media,))
+        for dataset, style in (("photo_points", "pointing"), ("photo_points", "point_count")) if photo.points else ():
+            places = tuple(
+                Branch(style, (Turn(label, _fractions(label, places, image.size)),))
+                for label, places in photo.points.items()
+            )
+            yield dataset, photo.split, Example(f"{photo.name}/{style}", places, (media,))
+
+
+def composed(files: Mapping[str, bytes], add_image: AddImage, counts: Counts) -> Iterator[Item]:
+    """Scenes with their captions, places, counts and questions: one image, a sample in each of four data sets."""
+    used = [photo for photo in photos.PHOTOS if photo.topic]
+    scenery = {photo.name: _cut(_opened(files[photo.path]), photo.scenery) for photo in used}
+    everywhere = [(photo.name, photo.topic) for photo in used]
+    trained_on = [(photo.name, photo.topic) for photo in used if photo.split == "train"]
+    for split, wanted, count in (
+        ("train", "train", counts.train_scenes),
+        ("validation", "train", counts.validation_scenes),
+        ("test", "held_out", counts.test_scenes),
+        ("test", "new_kinds", counts.new_kind_scenes),
+    ):
+        for index in range(count):
+            key = f"{wanted if split == 'test' else split}/{index:05d}"
+            scene = scenes.plan(key, trained_on if split == "train" else everywhere, wanted)
+            media = (add_image(scenes.paint(scene, scenery)),)
+            yield from _samples(scene, split, wanted, media)
+
+
+def _samples(scene: scenes.Scene, split: str, wanted: str, media: tuple[Media, ...]) -> Iterator[Item]:
+    info = scene.info()
+    if wanted == "new_kinds":
+        branches = questions.places("pointing", questions.new_kind_labels(scene))
+        yield "pointing_new", split, Example(scene.key, branches, media, info)
+        return
+    asked = questions.held_out_labels(scene) if wanted == "held_out" else questions.labels(scene)
+    yield "captions", split, Example(scene.key, questions.captions(scene), media, info)
+    yield "pointing", split, Example(scene.key, questions.places("pointing", asked), media, info)
+    yield "counting", split, Example(scene.key, questions.places("point_count", asked), media, info)
+    yield "vqa", split, Example(scene.key, questions.questions(scene), media, info)
+
+
+def dialogues(counts: Counts) -> Iterator[Item]:
+    """Text only. The held-out splits are other draws from the same rules, so some of their exchanges repeat."""
+    for split, count in (
+        ("train", counts.train_dialogues),
+        ("validation", counts.held_out_dialogues),
+        ("test", counts.held_out_dialogues),
+    ):
+        for index in range(count):
+            yield "text", split, dialogue(f"{split}/{index:05d}")
+
+
+def _fractions(label: str, places: tuple[tuple[float, float], ...], size: tuple[int, int]) -> Points:
+    return Points(label, tuple(Point(1, x / size[0], y / size[1]) for x, y in places))
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _shrunk(image: Image.Image) -> Image.Image:
+    scale = min(1.0, PHOTO_SIDE / max(image.size))
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+
+
+def _cut(image: Image.Image, part: tuple[float, float, float, float]) -> Image.Image:
+    left, top, right, bottom = part
+    return image.crop(
+        (int(left * image.width), int(top * image.height), int(right * image.width), int(bottom * image.height))
+    )

