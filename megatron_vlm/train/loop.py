@@ -1,0 +1,160 @@
+"""The training loop: fetch, step, log, evaluate, save. What a step is stands in `step.py`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm import cost
+from megatron_vlm.batch import Batch
+from megatron_vlm.checkpoint import save as checkpoint
+from megatron_vlm.config import presets
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.loader import Loader, Share
+from megatron_vlm.data.loader import Step as Fetched
+from megatron_vlm.model.build import build
+from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.train import directory, optim, resume
+from megatron_vlm.train.metrics import Reporter
+from megatron_vlm.train.step import Outcome, Stepper
+
+
+def train(config: Config, layout: Layout) -> None:
+    """Train to `train.steps`. Process groups exist; every rank calls it.
+
+    Raises ValueError where a checkpoint, the data or the tokenizer do not fit the settings.
+    """
+    start = resume.find(config)
+    share = _share(layout)
+    loader = Loader(config, presets.architecture(config.model), share, state=start.data)
+    models = optim.wrap(build(config, layout), config)
+    optimizer = optim.build(models, config)
+    resume.restore(start, models, optimizer)
+    stepper = Stepper(models, optimizer, config, loader.sources)
+    reporter = _reporter(config, layout, start)
+    batches = iter(loader)
+    # All that a resumed run needs beside weights and optimizer.
+    step, counters = start.step, {"skipped_steps": 0, "skipped_samples": 0} | start.counters
+
+    while step < config.train.steps:
+        began = time.perf_counter()
+        fetched = next(batches)
+        waited_s = time.perf_counter() - began
+        step += 1
+        outcome = stepper.train(fetched.micro_batches, step)
+        counters["skipped_steps"] += not outcome.norms
+        counters["skipped_samples"] += len(fetched.skipped)
+        record = _record(config, step, fetched, outcome) | counters
+        record |= _speed(config, outcome, time.perf_counter() - began, waited_s)
+        if _due(step, config.eval.every):
+            record |= _evaluate(config, stepper, share)
+        if reporter:
+            reporter.step(record, _ledger(fetched))
+        if _due(step, config.checkpoint.every) or step == config.train.steps:
+            state = {"data": loader.state_dict(), "counters": counters}
+            checkpoint.save(
+                directory.checkpoints(config), models=models, optimizer=optimizer, step=step, config=config, state=state
+            )
+    if reporter:
+        reporter.say(f"Finished at step {step}. Checkpoint, metrics and logs: {directory.path(config)}")
+        reporter.close()
+    loader.close()
+
+
+def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter | None:
+    """On rank 0: the run directory made ready, its first line said."""
+    if dist.get_rank():
+        return None
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    facts = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "start_step": start.step,
+        "layout": {name: getattr(layout, name) for name in ("world", "tensor", "context", "pipeline", "data")},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+    reporter = Reporter(directory.prepare(config, start.step, facts), config, start.step)
+    reporter.say(start.words)
+    reporter.say(f"{layout.world} process(es) on {facts['device']}: {json.dumps(facts['layout'])}")
+    return reporter
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _share(layout: Layout) -> Share:
+    """Which rows and which crops this rank fetches."""
+    rank = dist.get_rank()
+    at = layout.coordinates(rank)
+    return Share(
+        data_rank=at.data,
+        data_ranks=layout.data,
+        crop_rank=layout.crop_rank(rank),
+        crop_ranks=layout.crop_ranks,
+        crops=at.pipeline == 0,  # only the first stage has a tower
+    )
+
+
+def _evaluate(config: Config, stepper: Stepper, share: Share) -> dict[str, float]:
+    """Loss on the first `eval.rows` held-out rows, always the same ones."""
+    began = time.perf_counter()
+    loader = Loader(config, presets.architecture(config.model), share, split=config.eval.split, one_pass=True)
+    count = max(1, config.eval.rows // config.train.global_batch)
+    outcome = stepper.evaluate(_micro_batches(itertools.islice(iter(loader), count)))
+    loader.close()
+    losses = {f"eval_loss/{name}": loss for name, loss in outcome.losses.items()}
+    return {"eval_loss": outcome.loss, **losses, "eval_time_s": time.perf_counter() - began}
+
+
+def _micro_batches(steps: Iterator[Fetched]) -> Iterator[tuple[Batch, ...]]:
+    for step in steps:
+        yield step.micro_batches
+
+
+def _record(config: Config, step: int, fetched: Fetched, outcome: Outcome) -> dict[str, Any]:
+    """What metrics.jsonl says about the step, speed not included."""
+    return {
+        "step": step,
+        "loss": outcome.loss,
+        "grad_norm": outcome.grad_norm,
+        **{f"grad_norm_{name}": norm for name, norm in outcome.norms.items()},
+        **{f"lr_{name}": rate for name, rate in outcome.rates.items()},
+        "tokens": fetched.tokens,
+        "useful_tokens": fetched.useful_tokens,
+        "image_tokens": fetched.image_tokens,
+        "crops": fetched.crops,
+        "samples": fetched.samples,
+        "fill": fetched.useful_tokens / (config.train.global_batch * config.data.sequence_length),
+        "loss_weight": outcome.weight,
+        **{f"loss/{name}": loss for name, loss in outcome.losses.items()},
+    }
+
+
+def _speed(config: Config, outcome: Outcome, step_time_s: float, waited_s: float) -> dict[str, Any]:
+    """Times, model FLOP/s of all ranks together, and the share of the devices' peak (null where it is not known)."""
+    flops = cost.training(presets.architecture(config.model), outcome.work, config.model.freeze)
+    cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    peak = cost.peak_flops(torch.cuda.get_device_name()) if cuda else None
+    per_second = flops / step_time_s
+    return {
+        "step_time_s": step_time_s,
+        "data_wait_s": waited_s,
+        "model_flops_per_s": per_second,
+        "mfu": per_second / (peak * dist.get_world_size()) if peak else None,
+    }
+
+
+def _ledger(fetched: Fetched) -> dict[str, Any]:
+    return {
+        "window": fetched.window,
+        "offset": fetched.offset,
+        "keys_hash": fetched.keys_hash,
+        "skipped": list(fetched.skipped),
+    }

@@ -1,0 +1,132 @@
+"""What a step is reported as: a line of metrics.jsonl, a line of ledger.jsonl, TensorBoard, a line for the reader.
+
+Only rank 0 makes a Reporter; the numbers it gets are already those of the global batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megatron_vlm import cost
+from megatron_vlm.batch import PREFIX_BRANCH, Batch
+from megatron_vlm.config.schema import Config
+
+Record = dict[str, Any]
+
+
+def work(batch: Batch) -> cost.Work:
+    """What the model computes for one micro-batch."""
+    pairs = int(_pairs(batch))
+    crops = sum(batch.crop_counts)
+    windows, slots = batch.windows.shape[0], batch.windows.numel()
+    return cost.Work(batch.tokens.numel(), pairs, int((batch.loss_weights != 0).sum()), crops, windows, slots)
+
+
+def _pairs(batch: Batch) -> torch.Tensor:
+    """Query-key pairs that the mask allows: causal inside an example, the image block both ways, no other branch."""
+    used = batch.examples >= 0
+    rows = torch.arange(len(batch.examples), device=used.device)[:, None].expand_as(batch.examples)
+    examples = (rows * (1 + int(batch.examples.max())) + batch.examples)[used].long()
+    vision = torch.bincount(examples[batch.is_vision[used]])
+    branches = batch.branches[used]
+    inside = branches != PREFIX_BRANCH
+    tokens = torch.bincount(examples)
+    widest = 1 + int(torch.where(inside, branches, 0).max()) if len(branches) else 1
+    by_branch = torch.bincount(examples[inside] * widest + branches[inside])
+    in_branches = torch.bincount(examples[inside])
+    causal = (tokens * (tokens + 1) // 2).sum()
+    back = (vision * (vision - 1) // 2).sum()
+    hidden = ((in_branches**2).sum() - (by_branch**2).sum()) // 2
+    return causal + back - hidden
+
+
+class Reporter:
+    """Writes into a run directory, and to `out` for a person."""
+
+    def __init__(self, folder: Path, config: Config, start: int, out: TextIO = sys.stdout):
+        """`start`: the step that the run goes on from; 0 = a new run."""
+        self.config, self.out = config, out
+        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._ledger = open(folder / "ledger.jsonl", "a", encoding="utf-8")
+        self._board: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+            # purge_step: events after the checkpoint belong to the run that was cut off.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+        self._start, self._began = start, time.monotonic()
+
+    def step(self, record: Record, ledger: Record) -> None:
+        """One training step: `record` for metrics.jsonl, with its step and `ledger` for ledger.jsonl."""
+        step = record["step"]
+        for file, line in ((self._metrics, record), (self._ledger, {"step": step} | ledger)):
+            file.write(json.dumps(_finite(line)) + "\n")
+            file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    self._board.add_scalar(_tag(name), value, step)
+        if step % self.config.log.every == 0 or step in (self._start + 1, self.config.train.steps):
+            self.say(self._line(record))
+        elif "eval_loss" in record:
+            self.say(f"{_place(step, self.config)}  held-out loss {record['eval_loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line for the reader."""
+        print(text, file=self.out, flush=True)
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._metrics.close()
+        self._ledger.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _line(self, record: Record) -> str:
+        step = record["step"]
+        per_step_s = (time.monotonic() - self._began) / max(1, step - self._start)
+        parts = [_place(step, self.config), f"loss {record['loss']:.4f}"]
+        if "eval_loss" in record:
+            parts.append(f"held-out {record['eval_loss']:.4f}")
+        parts += [
+            f"grad {record['grad_norm']:.2f}",
+            f"lr {record['lr_language']:.1e}",
+            f"{record['useful_tokens'] / record['step_time_s']:,.0f} tokens/s",
+            f"{record['step_time_s'] * 1000:,.0f} ms",
+            f"data {record['data_wait_s'] / record['step_time_s']:.0%}",
+            f"{_duration(per_step_s * (self.config.train.steps - step))} left",
+        ]
+        return "  ".join(parts)
+
+
+def _place(step: int, config: Config) -> str:
+    width = len(str(config.train.steps))
+    return f"step {step:{width}d}/{config.train.steps}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _tag(name: str) -> str:
+    """TensorBoard groups by what stands before the slash."""
+    if "/" in name:
+        return name
+    group = "lr" if name.startswith("lr_") else "loss" if "loss" in name else "train"
+    return f"{group}/{name}"
+
+
+def _finite(record: Record) -> Record:
+    """JSON has no NaN: null instead."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }

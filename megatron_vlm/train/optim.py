@@ -1,0 +1,151 @@
+"""Megatron's optimizer for the model's components: groups, learning rates, clipping. No loop, no gradients of its own.
+
+Components are those of `model.build.component_of`. One Megatron optimizer holds up to two parameter groups per
+component (with and without weight decay); each group knows its component by `lr_mult` (see TAGS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+
+from megatron_vlm.config.architecture import COMPONENTS
+from megatron_vlm.config.schema import ComponentOptimConfig, Config, OptimConfig
+from megatron_vlm.model.build import component_of
+from megatron_vlm.parallel import groups
+from megatron_vlm.train.schedule import learning_rate
+
+#: `lr_mult` of each component's groups. Megatron finds a loaded group by (wd_mult, lr_mult, ...) and not by its
+#: learning rate, so groups without tags would take each other's rates after a resume. Nothing multiplies by it.
+TAGS = {component: float(1 + index) for index, component in enumerate(COMPONENTS)}
+#: Components whose gradients are clipped together, by the name under which learning rate and norm are reported.
+CLIPPED_TOGETHER = {
+    "vision": ("vision",),
+    "connector": ("connector",),
+    "language": ("language", "base_embeddings"),
+}
+
+
+def wrap(models: Sequence[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
+    """The models, one per virtual pipeline stage, in Megatron's data parallelism: gradients are summed, in float32.
+
+    Sums, because the loss divisor is the weight of the global batch, which `step.py` applies afterwards.
+    """
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        # Without images the tower's gradients would never become ready, and an overlapped reduction waits for them.
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+    )
+    wrapped = []
+    for index, model in enumerate(models):
+        model_config: Any = model.config
+        model_config.calculate_per_token_loss = True  # gradients are summed over data-parallel ranks, not averaged
+        wrapped.append(DistributedDataParallel(model_config, settings, model, disable_bucketing=index > 0))
+    return wrapped
+
+
+def build(models: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """AdamW over the parameters that train, sharded over the data-parallel ranks. Learning rates are not set yet."""
+    optim = config.optim
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.language.lr,
+        min_lr=optim.language.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=0.0,  # one norm over everything; ours is per component
+        bf16=config.train.precision != "float32",
+        params_dtype=torch.float32 if config.train.precision == "float32" else torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    overrides: dict[ParamKey, Any] = {}
+    for component in COMPONENTS:
+        for decays in (False, True):
+            overrides[_key(component, decays)] = {"lr_mult": TAGS[component], "wd_mult": float(decays)}
+    optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def _key(component: str, decays: bool) -> ParamKey:
+    def matches(parameter: torch.nn.Parameter, name: str) -> bool:
+        plain = name.removeprefix("module.")
+        return component_of(plain) == component and decayed(plain, parameter) == decays
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"{component}-{decays}", fn=matches))
+
+
+def decayed(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies: to matrices that multiply activations, so not to norms, biases and embeddings."""
+    table = component_of(name) == "base_embeddings" or any(
+        part in name for part in ("embedding", "position", "class_token", "queries")
+    )
+    projection = "patch" in name and name.endswith("weight")  # the patch "embedding" is a linear layer
+    return parameter.ndim > 1 and (projection or not table)
+
+
+def _settings(optim: OptimConfig, name: str) -> ComponentOptimConfig:
+    return getattr(optim, name)
+
+
+def set_learning_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> dict[str, float]:
+    """Write the learning rates of `step` (from 1) into the groups; gives them by component name."""
+    rates = {
+        name: learning_rate(_settings(config.optim, name), config.optim.schedule, step, config.train.steps)
+        for name in CLIPPED_TOGETHER
+    }
+    for name, group in _named_groups(optimizer):
+        group["lr"] = rates[name]
+    return rates
+
+
+def _named_groups(optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    names = {TAGS[component]: name for name, components in CLIPPED_TOGETHER.items() for component in components}
+    for group in optimizer.param_groups:
+        yield names[group["lr_mult"]], group
+
+
+@torch.no_grad()
+def clip(optimizer: MegatronOptimizer, clip_norm: float) -> dict[str, float]:
+    """Scale each component's gradients to at most `clip_norm` (0 = leave them); gives the norms before, by component.
+
+    Call it between `prepare_grads` and `step_with_ready_grads`, on every rank, also on one without parameters.
+    Each number is counted once: ranks hold disjoint shards over the data-parallel ranks; of a parameter that every
+    tensor-parallel rank holds whole, the first one counts.
+    """
+    names = list(CLIPPED_TOGETHER)
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    counted: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    for name, group in _named_groups(optimizer):
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            gradients[name].append(parameter.grad)
+            if not getattr(parameter, "shared", False) and param_is_not_tensor_parallel_duplicate(
+                parameter, groups.tensor()
+            ):
+                counted[name].append(parameter.grad)
+    # float64: the sum over ranks must not depend on how the parameters were cut.
+    squares = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
+    for index, name in enumerate(names):
+        if counted[name]:
+            squares[index] = torch.stack(torch._foreach_norm(counted[name])).double().square().sum()
+    dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
+    for name in names:
+        scale = clip_norm / (norms[name] + 1e-6)
+        if clip_norm and scale < 1 and gradients[name]:
+            torch._foreach_mul_(gradients[name], scale)
+    return norms

@@ -1,0 +1,102 @@
+"""Where a run starts: anew, from another run's weights, or from its own latest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_vlm.checkpoint import load
+from megatron_vlm.config.schema import Config
+from megatron_vlm.train import directory
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts."""
+
+    checkpoint: Path | None
+    """The run's own checkpoint that it goes on from."""
+    weights: Path | None
+    """The checkpoint whose weights a new run starts with."""
+    step: int
+    """Steps done."""
+    words: str
+    """The same for the reader."""
+    data: dict[str, Any] | None = None
+    """The loader's state; None = from the first row."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """Counts over the whole run so far."""
+
+
+def find(config: Config) -> Start:
+    """Look into the run directory and decide, as `run.resume` says. Reads no tensors.
+
+    Raises ValueError where the directory's state does not fit `run.resume`, or the checkpoint's settings differ.
+    """
+    folder, run = directory.checkpoints(config), directory.path(config)
+    latest = load.latest(folder)
+    resume = config.run.resume
+    if latest is None:
+        if resume == "must":
+            raise ValueError(
+                f"run.resume=must, but {folder} holds no checkpoint. Set run.dir to the run that should go on, or "
+                "run.resume=auto to start a new one."
+            )
+        if not config.init.checkpoint:
+            return Start(None, None, 0, f"New run in {run}, from random weights.")
+        weights = find_checkpoint(config.init.checkpoint, "init.checkpoint")
+        return Start(None, weights, 0, f"New run in {run}, from the weights of {weights}.")
+    if resume == "never":
+        raise ValueError(
+            f"run.resume=never, but {folder} holds checkpoints (the latest is {latest.name}). Set run.dir to another "
+            "directory, move this one away, or set run.resume=auto to go on with it."
+        )
+    saved = load.read(latest)
+    changed = directory.differences(saved["config"], config)
+    if changed:
+        listed = "".join(f"\n  - {line}" for line in changed)
+        raise ValueError(
+            f"{latest} cannot be resumed: these settings have changed since it was saved:{listed}\n"
+            "Set them back, or start a new run: set run.dir to another directory (with "
+            f"init.checkpoint={latest} it starts from these weights)."
+        )
+    state = saved["state"]
+    words = f"Resuming {run} from step {saved['step']} ({latest})."
+    return Start(latest, None, saved["step"], words, state["data"], state["counters"])
+
+
+def find_checkpoint(setting: str, name: str) -> Path:
+    """A checkpoint from the path of a checkpoint, of a folder of checkpoints (its latest) or of a run.
+
+    `name`: what the user calls the setting. Raises ValueError where there is none.
+    """
+    given = Path(setting)
+    for folder in (given / "checkpoints", given):
+        found = load.latest(folder)
+        if found is not None:
+            return found
+    if (given / ".metadata").exists() or (given / "metadata.json").exists():
+        return given
+    found_there = "does not exist" if not given.exists() else "holds no checkpoint"
+    raise ValueError(
+        f"{name}={setting}: the path {found_there}. Give a run directory, its checkpoints folder or one checkpoint "
+        "(iter_0000100)."
+    )
+
+
+def restore(start: Start, models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Load what `start` names into the models (and, where a run goes on, into the optimizer).
+
+    Raises ValueError where the checkpoint is of another model.
+    """
+    if start.checkpoint is not None:
+        load.load(start.checkpoint, models=models, optimizer=optimizer)
+    elif start.weights is not None:
+        load.load(start.weights, models=models)
+        # The optimizer's float32 copies were made of the random weights.
+        optimizer.reload_model_params()

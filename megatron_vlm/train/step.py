@@ -1,0 +1,182 @@
+"""One optimizer step over a global batch, and the loss of held-out batches, by Megatron's schedules.
+
+The loss is sum(w x token loss) / Z with Z the weight sum of the global batch: over all micro-batches and data-parallel
+ranks. Megatron's own divisor is an integer counted per micro-batch, so it gets 0 and the gradients are divided here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vlm.batch import Batch
+from megatron_vlm.config.schema import Config
+from megatron_vlm.cost import Work
+from megatron_vlm.parallel import context, groups
+from megatron_vlm.train import metrics, optim
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step, or an evaluation, gave: the same on every rank."""
+
+    loss: float
+    """Weighted mean of the token losses over the global batch. NaN where no token has a weight."""
+    losses: dict[str, float]
+    """The same over the tokens of each data set that has any."""
+    weight: float
+    """Sum of the loss weights, Z."""
+    work: Work
+    """What was computed, over the global batch."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """Gradient norm of each component before clipping. Empty in an evaluation and in a skipped step."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rate of each component, likewise."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of all gradients together."""
+        return math.sqrt(sum(norm**2 for norm in self.norms.values()))
+
+
+class Stepper:
+    """The models of this rank with their optimizer.
+
+    models:  one per virtual pipeline stage, wrapped by `optim.wrap`.
+    sources: names of the data sets that Batch.sources counts.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer | None,
+        config: Config,
+        sources: Sequence[str],
+    ):
+        self.models, self.optimizer, self.config, self.sources = list(models), optimizer, config, tuple(sources)
+        self.device = torch.device(torch.cuda.current_device())
+        self._divisor = 0.0
+        for model in self.models:
+            model_config: Any = model.config
+            model_config.finalize_model_grads_func = self._finalize
+
+    def train(self, micro_batches: Sequence[Batch], step: int) -> Outcome:
+        """Forward, backward and update number `step` (from 1) on this data rank's micro-batches.
+
+        A global batch without loss weights updates nothing: `norms` is empty then.
+        Raises FloatingPointError, before anything is updated, where loss or gradients are not finite.
+        """
+        assert self.optimizer is not None
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        weight, work = self._measure(micro_batches)
+        if weight == 0:
+            return Outcome(math.nan, {}, 0.0, work)
+        self._divisor = weight
+        outcome = self._outcome(self._run(micro_batches, forward_only=False), weight, work)
+        self.optimizer.prepare_grads()
+        norms = optim.clip(self.optimizer, self.config.optim.clip_norm)
+        broken = [name for name, value in {"loss": outcome.loss, **norms}.items() if not math.isfinite(value)]
+        if broken:
+            raise FloatingPointError(
+                f"step {step} has no finite {' or '.join(broken)} (loss {outcome.loss}, gradient norms {norms}). "
+                f"Nothing was updated. {_ADVICE}"
+            )
+        rates = optim.set_learning_rates(self.optimizer, self.config, step)
+        self.optimizer.step_with_ready_grads()
+        return replace(outcome, norms=norms, rates=rates)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Sequence[Batch]]) -> Outcome:
+        """Loss over several global batches, all tokens weighted as one batch."""
+        for model in self.models:
+            model.eval()
+        sums = torch.zeros(1 + 2 * len(self.sources), dtype=torch.float64, device=self.device)
+        total, done = 0.0, Work(0, 0, 0, 0, 0, 0)
+        for micro_batches in batches:
+            weight, work = self._measure(micro_batches)
+            total += weight
+            done = Work(*map(sum, zip(astuple(done), astuple(work), strict=True)))
+            sums += self._run(micro_batches, forward_only=True)
+        return self._outcome(sums, total, done)
+
+    def _measure(self, micro_batches: Sequence[Batch]) -> tuple[float, Work]:
+        """Sum of the loss weights, and what is to be computed, of the global batch."""
+        numbers = torch.zeros(1 + len(fields(Work)), dtype=torch.float64)
+        for batch in micro_batches:
+            weight = batch.loss_weights.sum(dtype=torch.float64).item()
+            numbers += torch.tensor([weight, *astuple(metrics.work(batch))], dtype=torch.float64)
+        numbers = numbers.to(self.device)
+        dist.all_reduce(numbers, group=groups.data())
+        weight, *counts = numbers.tolist()
+        return weight, Work(*map(int, counts))
+
+    def _run(self, micro_batches: Sequence[Batch], *, forward_only: bool) -> torch.Tensor:
+        """Sums of the global batch, on every rank: [loss, loss by source ..., weight by source ...] float64."""
+        iterators = [iter(micro_batches) for _ in self.models]
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models if len(self.models) > 1 else self.models[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.train.micro_batch,
+            forward_only=forward_only,
+        )
+        sums = torch.zeros(1 + 2 * len(self.sources), dtype=torch.float64, device=self.device)
+        for report in reports:  # of the last pipeline stage; empty elsewhere
+            sums += report
+        dist.all_reduce(sums, group=groups.data_and_context())
+        dist.all_reduce(sums, group=groups.pipeline())
+        return sums
+
+    def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = next(batches).to(self.device)
+        return model(batch), partial(self._loss, batch)
+
+    def _loss(self, batch: Batch, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """token_losses: (b, s_local) float32, this context rank's chunk of the rows."""
+        weights = context.chunk(batch.loss_weights, 1, groups.context())
+        sources = context.chunk(batch.sources, 1, groups.context())
+        weighted = token_losses * weights
+        with torch.no_grad():
+            counted = weights != 0
+            count = len(self.sources)
+            index = sources[counted].long()
+            by_source = weighted.new_zeros(2 * count, dtype=torch.float64)
+            by_source.index_add_(0, index, weighted[counted].double())
+            by_source.index_add_(0, index + count, weights[counted].double())
+            report = torch.cat((by_source[:count].sum().view(1), by_source))
+        return weighted.sum(), torch.zeros((), dtype=torch.int, device=self.device), report
+
+    def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+        finalize_model_grads(models, None, **options)
+        for model in models:
+            model.scale_gradients(1.0 / self._divisor)
+
+    def _outcome(self, sums: torch.Tensor, weight: float, work: Work) -> Outcome:
+        total, *by_source = sums.tolist()
+        count = len(self.sources)
+        losses = {
+            name: loss / source_weight
+            for name, loss, source_weight in zip(self.sources, by_source[:count], by_source[count:], strict=True)
+            if source_weight
+        }
+        return Outcome(total / weight if weight else math.nan, losses, weight, work)
+
+
+_ADVICE = (
+    "Look at the rows of this step (ledger.jsonl), lower the learning rates or lengthen the warm-up, and start again "
+    "from the last checkpoint."
+)
