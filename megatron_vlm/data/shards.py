@@ -151,9 +151,10 @@ class Shards:
         self._descriptors: dict[int, int] = {}
 
     def _media_row(self, key: str) -> int:
-        digest = np.bytes_(bytes.fromhex(key))
-        row = int(np.searchsorted(self._media_keys, digest))
-        if row == len(self._media_keys) or self._media_keys[row] != digest:
+        digest = bytes.fromhex(key)
+        row = int(np.searchsorted(self._media_keys, np.array(digest, dtype="S32")))
+        # numpy drops zero bytes from the end of an S32 that is taken out of its array.
+        if row == len(self._media_keys) or self._media_keys[row].ljust(32, b"\0") != digest:
             raise ValueError(f"media {key} is not in {self.directory}: the samples do not fit the media index.")
         return row
 
