@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-_LIBRARY: list[torch.library.Library] = []
-
-
-def _declare_operators() -> None:
-    """torchvision describes operators that only its compiled part declares, and that part is not loaded beside a CPU
-    torch of another build: declare them without an implementation, so that its import passes."""
-    if _LIBRARY:
-        return
-    folder = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
-    text = (folder / "_meta_registrations.py").read_text()
-    names = set(re.findall(r"torchvision::(\w+)", text)) | set(re.findall(r"register_meta\(\"(\w+)\"\)", text))
-    library = torch.library.Library("torchvision", "DEF")
-    for name in sorted(names):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor a) -> Tensor")
-    _LIBRARY.append(library)
+from tests.torchvision import declare_operators
 
 
 @cache
 def processor():
     """The image processor with Molmo2's released settings (patch 14, 378 pixels, margins 4, pooling 2x2)."""
-    _declare_operators()
+    declare_operators()
     from transformers.models.molmo2.image_processing_molmo2 import Molmo2ImageProcessor
 
     # Neither rescaled nor normalised: the bytes themselves.

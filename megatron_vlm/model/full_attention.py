@@ -1,0 +1,35 @@
+"""Attention of the vision tower and the connectors: every query sees every key of its own crop or window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+
+class FullAttention(nn.Module):
+    """Megatron's `core_attention` slot with every key visible to every query.
+
+    Megatron's own module asks for CUDA buffers, and its ViT layer spec is causal without saying so.
+    `attention_mask`, if given, is bool (batch, keys), False at keys that nobody sees; a row needs one True.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **unused: Any):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """(queries, batch, heads, size), keys and values alike -> (queries, batch, heads x size)."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        visible = None if attention_mask is None else attention_mask[:, None, None, :]
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
+        return out.permute(2, 0, 1, 3).flatten(2)
