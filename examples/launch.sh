@@ -69,13 +69,17 @@ launch() {
         exec "$python" -m megatron_vlm.train "$recipe" "$@"
     fi
 
-    local rendezvous=(--standalone)
+    local processes="${NPROC:-$((found > 0 ? found : 1))}" rendezvous=(--standalone)
+    if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+        # One process needs no launcher, and its errors are shorter without one.
+        exec "$python" -m megatron_vlm.train "$recipe" "$@"
+    fi
     if [ "${NNODES:-1}" -gt 1 ] || [ -n "${MASTER_ADDR:-}" ] || [ -n "${MASTER_PORT:-}" ]; then
         rendezvous=(
             --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
             --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
         )
     fi
-    exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "${NPROC:-$((found > 0 ? found : 1))}" \
+    exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" \
         -m megatron_vlm.train "$recipe" "$@"
 }

@@ -60,10 +60,19 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(config: Config) -> int:
-    from megatron_vlm.train import process  # torch and Megatron take seconds; the checks above need neither
+    from megatron_vlm.parallel import process  # torch takes seconds; the checks above need none of it
 
     try:
-        process.run(config)
+        backend = process.start(config.run)
+        import torch.distributed as dist
+
+        from megatron_vlm.parallel import groups  # Megatron, after process.start
+        from megatron_vlm.parallel.layout import Layout
+        from megatron_vlm.train import loop
+
+        layout = Layout.of(config.parallel, dist.get_world_size())
+        groups.initialize(layout, backend=backend, seed=config.train.seed, timeout_s=process.TIMEOUT_S)
+        loop.train(config, layout)
     except (ValueError, FloatingPointError) as error:
         if process.speaks(str(error)):
             _print_error(error)
