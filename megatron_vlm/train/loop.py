@@ -36,7 +36,7 @@ def train(config: Config, layout: Layout) -> None:
     loader = Loader(config, presets.architecture(config.model), share, state=start.data)
     models = optim.wrap(build(config, layout), config)
     optimizer = optim.build(models, config)
-    resume.restore(start, models, optimizer)
+    resume.restore(start, models, optimizer, config)
     stepper = Stepper(models, optimizer, config, loader.sources)
     reporter = _reporter(config, layout, start)
     batches = iter(loader)

@@ -49,7 +49,10 @@ def find(config: Config) -> Start:
             )
         if not config.init.checkpoint:
             return Start(None, None, 0, f"New run in {run}, from random weights.")
-        weights = find_checkpoint(config.init.checkpoint, "init.checkpoint")
+        try:
+            weights = load.read(config.init.checkpoint).path
+        except ValueError as error:
+            raise ValueError(f"init.checkpoint={config.init.checkpoint}: {error}") from error
         return Start(None, weights, 0, f"New run in {run}, from the weights of {weights}.")
     if resume == "never":
         raise ValueError(
@@ -57,7 +60,7 @@ def find(config: Config) -> Start:
             "directory, move this one away, or set run.resume=auto to go on with it."
         )
     saved = load.read(latest)
-    changed = directory.differences(saved["config"], config)
+    changed = directory.differences(saved.config, config)
     if changed:
         listed = "".join(f"\n  - {line}" for line in changed)
         raise ValueError(
@@ -65,38 +68,20 @@ def find(config: Config) -> Start:
             "Set them back, or start a new run: set run.dir to another directory (with "
             f"init.checkpoint={latest} it starts from these weights)."
         )
-    state = saved["state"]
-    words = f"Resuming {run} from step {saved['step']} ({latest})."
-    return Start(latest, None, saved["step"], words, state["data"], state["counters"])
+    words = f"Resuming {run} from step {saved.step} ({latest})."
+    return Start(latest, None, saved.step, words, saved.state["data"], saved.state["counters"])
 
 
-def find_checkpoint(setting: str, name: str) -> Path:
-    """A checkpoint from the path of a checkpoint, of a folder of checkpoints (its latest) or of a run.
-
-    `name`: what the user calls the setting. Raises ValueError where there is none.
-    """
-    given = Path(setting)
-    for folder in (given / "checkpoints", given):
-        found = load.latest(folder)
-        if found is not None:
-            return found
-    if (given / ".metadata").exists() or (given / "metadata.json").exists():
-        return given
-    found_there = "does not exist" if not given.exists() else "holds no checkpoint"
-    raise ValueError(
-        f"{name}={setting}: the path {found_there}. Give a run directory, its checkpoints folder or one checkpoint "
-        "(iter_0000100)."
-    )
-
-
-def restore(start: Start, models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+def restore(
+    start: Start, models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, config: Config
+) -> None:
     """Load what `start` names into the models (and, where a run goes on, into the optimizer).
 
     Raises ValueError where the checkpoint is of another model.
     """
     if start.checkpoint is not None:
-        load.load(start.checkpoint, models=models, optimizer=optimizer)
+        load.load(start.checkpoint, models=models, optimizer=optimizer, config=config)
     elif start.weights is not None:
-        load.load(start.weights, models=models)
+        load.load(start.weights, models=models, config=config)
         # The optimizer's float32 copies were made of the random weights.
         optimizer.reload_model_params()

@@ -1,0 +1,62 @@
+"""This process among the others of a run: its device, torch.distributed, and who of them prints an error."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.config.schema import RunConfig
+from megatron_vlm.parallel import cpu
+
+#: A collective that waits longer than this has lost a rank.
+TIMEOUT_S = 1800.0
+#: How long a rank waits to hear whether rank 0 failed in the same way.
+_LISTEN_S = 3.0
+
+
+def start(run: RunConfig) -> str:
+    """Choose the device, send Megatron to the CPU where there is no other, join the other processes.
+
+    Call it before Megatron is imported. Gives the backend: gloo on a CPU, nccl on CUDA. Reads torchrun's variables;
+    without them the world is this process alone, and no port is opened.
+    Raises ValueError where `run.device` is cuda and there is none.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch finds no CUDA device here. Set run.device=cpu or auto.")
+    on_cpu = run.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu:
+        cpu.enable("cpu")
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "gloo" if on_cpu else "nccl"
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=TIMEOUT_S)
+        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return backend
+
+
+def speaks(error: str) -> bool:
+    """Whether this rank should print `error`: rank 0 does, another one only if rank 0 did not fail with the same."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return int(os.environ.get("RANK", 0)) == 0
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        store.set("error", error)
+        return True
+    try:
+        store.wait(["error"], timedelta(seconds=_LISTEN_S))
+        return store.get("error").decode() != error
+    except (RuntimeError, ValueError):
+        return True
+
+
+def leave() -> None:
+    """Close torch.distributed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
