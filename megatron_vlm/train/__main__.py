@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from megatron_vlm.config import help as config_help
@@ -52,9 +53,11 @@ def main(argv: Sequence[str]) -> int:
             return 0
         rules.check(config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
-        # Every process found the same.
+        # Every process found the same. A launcher ends all as soon as one has failed: rank 0 must have spoken by then.
         if rank == 0:
             _print_error(error)
+        else:
+            time.sleep(2.0)
         return 1
     return _train(config)
 
