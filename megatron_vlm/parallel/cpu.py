@@ -121,8 +121,9 @@ def _redirect_megatron() -> None:
 
     Compiling costs a C++ build per function and gains nothing here; importing the compiler alone takes seconds.
     """
-    # True of every CPU machine, and said by five files.
+    # True of every CPU machine, and said by five files; and advice about GPU queues.
     warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch_module: Any = torch
     compile_function = torch.compile

@@ -1,0 +1,119 @@
+"""A directory of checkpoints: names, the newest one, what is kept. Knows nothing of what is inside a checkpoint.
+
+checkpoints/iter_0000100/        one checkpoint, complete: it gets this name last
+checkpoints/latest               text file with the name of the newest
+checkpoints/.writing-iter_*      being written, or left by a process that died; the next save removes it
+checkpoints/.removing-*          being removed
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+LATEST = "latest"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def name(step: int) -> str:
+    """Name of the checkpoint after `step` optimizer steps."""
+    return f"iter_{step:07d}"
+
+
+def step(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for a directory of another name (one that a converter wrote, say)."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints in `directory`, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if path.is_dir() and step(path) >= 0), key=step)
+
+
+def latest(directory: str | Path) -> Path | None:
+    """The newest checkpoint in `directory`, or None where there is none.
+
+    That is the one which the file `latest` names. If it names one that is gone (a process died while it replaced that
+    checkpoint), the one with the highest step.
+    """
+    directory = Path(directory)
+    try:
+        named = (directory / LATEST).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        named = ""
+    found = complete(directory)
+    return next((path for path in found if path.name == named), found[-1] if found else None)
+
+
+def find(directory: str | Path) -> Path:
+    """The checkpoint meant by `directory`: itself, the newest in it, or the newest in its `checkpoints`.
+
+    Raises ValueError where there is none.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"there is no checkpoint at {directory}: the directory does not exist. Check the path.")
+    if (directory / ".metadata").is_file() or step(directory) >= 0:
+        return directory
+    found = latest(directory) or latest(directory / "checkpoints")
+    if found is None:
+        raise ValueError(
+            f"there is no checkpoint at {directory}: neither it nor its folder `checkpoints` holds iter_* directories. "
+            "Give a checkpoint, a directory of checkpoints or a run directory."
+        )
+    return found
+
+
+def begin(directory: Path, step: int) -> Path:
+    """An empty directory to write the checkpoint of `step` into. Clears away what dead processes left."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in (*directory.glob(".writing-*"), *directory.glob(".removing-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    writing = writing_path(directory, step)
+    writing.mkdir()
+    return writing
+
+
+def writing_path(directory: Path, step: int) -> Path:
+    """Where `begin` lets the checkpoint of `step` be written."""
+    return directory / f".writing-{name(step)}"
+
+
+def publish(directory: Path, step: int, keep: int) -> Path:
+    """Give a written checkpoint its name, make it the latest, and remove all but the `keep` newest (0 = keep all)."""
+    final = directory / name(step)
+    if final.exists():
+        # Of an earlier run that came so far and was taken back to an older checkpoint.
+        remove(final)
+    os.rename(writing_path(directory, step), final)
+    _sync(directory)
+    replacement = directory / f".{LATEST}-{uuid.uuid4().hex}"
+    replacement.write_text(final.name + "\n", encoding="utf-8")
+    os.replace(replacement, directory / LATEST)
+    _sync(directory)
+    others = [path for path in complete(directory) if path != final]
+    for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
+        remove(old)
+    return final
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; at no moment does half of it stand under its name."""
+    hidden = path.with_name(f".removing-{path.name}-{uuid.uuid4().hex}")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Names reach the disk before the next step relies on them."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

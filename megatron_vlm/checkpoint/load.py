@@ -1,0 +1,147 @@
+"""Read a checkpoint back, checked before anything in it is used, on any parallel layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_vlm.checkpoint import directory as names
+from megatron_vlm.checkpoint import sharded, unpickle, verify
+from megatron_vlm.checkpoint.agree import together
+from megatron_vlm.checkpoint.directory import latest as latest
+from megatron_vlm.checkpoint.save import ARCHITECTURE, CONFIG, STATE
+from megatron_vlm.config import presets
+from megatron_vlm.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint says about itself, without its tensors."""
+
+    path: Path
+    """The checkpoint."""
+    step: int
+    """Optimizer steps done."""
+    state: dict[str, Any]
+    """What `save` was given as `state`."""
+    config: dict[str, Any]
+    """Settings of the run that wrote it, nested by section."""
+    architecture: dict[str, Any]
+    """Its model, as the fields of config.architecture.Architecture."""
+
+
+def read(directory: str | Path) -> Record:
+    """The record of the checkpoint at `directory` (itself, the newest in it, or a run's newest). No collectives.
+
+    Raises ValueError where there is none or its files are damaged.
+    """
+    path = names.find(directory)
+    step = verify.read_manifest(path)["step"]
+    return Record(path, step, _json(path / STATE), _json(path / CONFIG), _json(path / ARCHITECTURE))
+
+
+def load(
+    directory: str | Path, *, models: Sequence[Any], optimizer: Any | None = None, config: Config | None = None
+) -> dict[str, Any]:
+    """Fill `models`, and `optimizer` if given, from the checkpoint at `directory`; gives `state` as it was saved.
+
+    directory: a checkpoint, a directory of checkpoints or a run directory (then the newest).
+    optimizer: None = weights only. If one exists already, call its `reload_model_params()` afterwards: it holds float32
+               copies of the weights.
+    config:    settings of this run; a checkpoint of another architecture is then refused with the fields that differ.
+    Every rank calls it. The layout may differ from the one that saved. Files are verified first; pickles are read by
+    allow-list. Raises ValueError, on every rank, that names the file, field or tensor at fault; the models may be
+    half-filled only if a disk fails while they are read.
+    """
+    with together("reading the checkpoint"):
+        record = read(directory)
+        verify.verify(record.path, part=dist.get_rank(), parts=dist.get_world_size())
+        if config is not None:
+            check_architecture(record, config)
+        metadata = unpickle.read_metadata(record.path, verify.files(record.path))
+    contents = sharded.build(models, optimizer, is_loading=True)
+    needed = {tensor.key: tuple(tensor.global_shape) for tensor in sharded.tensors(contents)}
+    everywhere: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everywhere, needed)
+    stored = {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
+    if optimizer is None:
+        stored = {name: shape for name, shape in stored.items() if not name.startswith(sharded.OPTIMIZER)}
+    _check_tensors(record.path, {name: shape for each in everywhere for name, shape in each.items()}, stored)
+    with unpickle.only_weights():
+        loaded = dist_checkpointing.load(contents, str(record.path))
+    for index, model in enumerate(models):
+        sharded.unwrap(model).load_state_dict(loaded[f"model{index}"], strict=True)
+    if optimizer is not None and sharded.trains(optimizer):
+        sharded.fill_optimizer(optimizer, loaded["optimizer"])
+    return record.state
+
+
+def check_architecture(record: Record, config: Config) -> None:
+    """Raises ValueError with the fields in which the checkpoint's model and the one of `config` differ."""
+    wanted = _flat(json.loads(json.dumps(dataclasses.asdict(presets.architecture(config.model)))))
+    found = _flat(record.architecture)
+    different = [
+        f"{name} is {found.get(name, 'not set')!r} there and {wanted.get(name, 'not set')!r} here"
+        for name in dict.fromkeys([*found, *wanted])
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"checkpoint {record.path} holds another model: {'; '.join(different)}. Set model.preset and model.connector as "
+            f"in the run that wrote it (model.preset was {record.config.get('model', {}).get('preset')!r})."
+        )
+
+
+def _check_tensors(path: Path, needed: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless the checkpoint holds exactly the tensors that are needed, in the same shapes."""
+    missing = [name for name in needed if name not in stored]
+    unused = [name for name in stored if name not in needed]
+    reshaped = [name for name in needed if name in stored and stored[name] != needed[name]]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors are missing in it (first: {missing[0]})")
+    if unused:
+        faults.append(f"{len(unused)} tensors in it have no place in this run (first: {unused[0]})")
+    if reshaped:
+        first = reshaped[0]
+        faults.append(
+            f"{len(reshaped)} have other shapes (first: {first}, {stored[first]} there, {needed[first]} here)"
+        )
+    if not faults:
+        return
+    advice = "Set the model up as in the run that wrote it."
+    if all(name.startswith(sharded.OPTIMIZER) for name in missing + unused + reshaped):
+        advice = (
+            "The optimizer's state does not fit: resume with the same model.freeze, or start a new run from these weights "
+            "with init.checkpoint."
+        )
+    raise ValueError(f"checkpoint {path} does not fit: {'; '.join(faults)}. {advice}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: the checkpoint is not complete. Use another checkpoint.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Use another checkpoint.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}. Use another checkpoint.")
+    return value
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,130 @@
+"""Write a checkpoint: complete and checked under its name, or not there at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as torch_format
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+
+from megatron_vlm.checkpoint import directory as names
+from megatron_vlm.checkpoint import sharded, unpickle, verify
+from megatron_vlm.checkpoint.agree import together
+from megatron_vlm.config import presets
+from megatron_vlm.config.load import to_dict
+from megatron_vlm.config.schema import Config
+
+STATE = "state.json"
+ARCHITECTURE = "architecture.json"
+CONFIG = "config.json"
+
+
+class Synchronous(SaveShardedStrategy):
+    """Megatron's torch_dist format, written by torch's own writer in this process.
+
+    Megatron's writer starts a manager process, which imports the main script again, and one process per file: seconds
+    for a model that is written in milliseconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        """Write this rank's share. Collective."""
+        flat, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        torch_checkpoint.save(
+            torch_format.mcore_to_pyt_state_dict(flat, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=torch_format.MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """Objects go into the same files."""
+        return True
+
+
+def save(
+    directory: str | Path,
+    *,
+    models: Sequence[Any],
+    optimizer: Any | None,
+    step: int,
+    config: Config,
+    state: dict[str, Any],
+) -> Path:
+    """Write `directory`/iter_<step> and make it the latest; gives its path. Every rank calls it with the same arguments.
+
+    models:    one per virtual pipeline stage, in data-parallel wrappers or not.
+    optimizer: Megatron's optimizer; None = weights only.
+    state:     what else a resume needs, the same on all ranks, as JSON can hold it (ValueError otherwise).
+    Writes under another name, reads every byte back, then renames; removes all but `config.checkpoint.keep` checkpoints.
+    An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
+    """
+    directory = Path(directory)
+    rank = dist.get_rank()
+    try:
+        with together("preparing the checkpoint"):
+            documents = _documents(config, state)
+            if rank == 0:
+                names.begin(directory, step)
+        writing = names.writing_path(directory, step)
+        contents = sharded.build(models, optimizer, is_loading=False)
+        dist_checkpointing.save(contents, str(writing), Synchronous())
+        with together("writing the checkpoint"):
+            if rank == 0:
+                for name, text in documents.items():
+                    (writing / name).write_text(text, encoding="utf-8")
+        _check_written(writing, step)
+        with together("publishing the checkpoint"):
+            return names.publish(directory, step, config.checkpoint.keep) if rank == 0 else directory / names.name(step)
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(names.writing_path(directory, step), ignore_errors=True)
+        raise
+
+
+def _documents(config: Config, state: dict[str, Any]) -> dict[str, str]:
+    """The JSON files beside the tensors, by name."""
+    try:
+        state_text = json.dumps(state, indent=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the training state cannot be written as JSON: {error}. It may hold numbers, text, lists and dicts."
+        ) from error
+    if json.loads(state_text) != state:
+        raise ValueError(
+            "the training state does not come back equal from JSON: tuples or keys that are not text in it?"
+        )
+    architecture = dataclasses.asdict(presets.architecture(config.model))
+    return {
+        STATE: state_text + "\n",
+        ARCHITECTURE: json.dumps(architecture, indent=1) + "\n",
+        CONFIG: json.dumps(to_dict(config), indent=1) + "\n",
+    }
+
+
+def _check_written(writing: Path, step: int) -> None:
+    """Read every file back, each rank its share, and write the manifest. Collective."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with together("reading the checkpoint back"):
+        found = verify.files(writing)
+        digests = {name: verify.digest(writing / name) for name in found[rank::world]}
+    gathered: list[dict[str, Any]] = [{}] * world
+    dist.all_gather_object(gathered, digests)
+    with together("checking the checkpoint"):
+        if rank == 0:
+            every = {name: digest for part in gathered for name, digest in part.items()}
+            metadata = unpickle.read_metadata(writing, every)
+            for index, place in metadata.storage_data.items():
+                if place.offset + place.length > every[place.relative_path]["bytes"]:
+                    raise RuntimeError(f"{index.fqn} was not written in full to {writing / place.relative_path}.")
+            verify.write_manifest(writing, every, step)

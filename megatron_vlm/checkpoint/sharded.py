@@ -1,0 +1,117 @@
+"""The sharded state of model chunks and optimizer: what saving writes and loading fills, for any parallel layout.
+
+Tensors carry their place in the whole model, so a checkpoint knows no layout. The optimizer's moments and float32 copies are
+stored in the shape of the parameters (Megatron's `fully_reshardable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_vlm.parallel import groups
+
+#: Keys of optimizer tensors in a checkpoint begin so.
+OPTIMIZER = "optimizer."
+
+
+def unwrap(model: Any) -> torch.nn.Module:
+    """The model inside data-parallel wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
+def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+    """Sharded state of this rank: `model0`, `model1`, ... by virtual stage, and `optimizer` unless it is None.
+
+    Collective over the data-parallel ranks. Data of the model's tensors are the parameters themselves, so loading fills
+    them in place. A rank whose stage trains nothing carries the optimizer's common settings of one that does.
+    """
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # On a GPU the gathered states would fill device memory of every rank; this way they pass through the first.
+        "distrib_optim_fully_reshardable_mem_efficient": torch.cuda.is_available(),
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": groups.data_and_context(),
+    }
+    state: dict[str, Any] = {
+        f"model{index}": unwrap(model).sharded_state_dict(metadata=metadata) for index, model in enumerate(models)
+    }
+    if optimizer is None:
+        return state
+    if trains(optimizer):
+        _begin_moments(optimizer)
+        model_state = {name: state[name] for name in state}
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+    if not is_loading:
+        _share_common(state, OPTIMIZER.rstrip("."))
+    return state
+
+
+def trains(optimizer: Any) -> bool:
+    """Whether any parameter of this rank's stage trains."""
+    return not getattr(optimizer, "is_stub_optimizer", False)
+
+
+def tensors(state: Any) -> Iterator[ShardedTensor]:
+    """All sharded tensors in a sharded state, those that factories make included."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from tensors(value.build())
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def fill_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
+    """Put a loaded optimizer state into `optimizer`."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = [loaded] if len(chained) == 1 else [loaded[index] for index in range(len(chained))]
+    for each, part in zip(chained, parts, strict=True):
+        parameters = part.pop("param_state")
+        each.load_state_dict(part)
+        # torch's Adam keeps the step beside each parameter's moments. Megatron 0.16.1 gives all of them one tensor, which
+        # the next step would advance once per parameter, and its loader of moments does not expect it there.
+        steps = [moments.pop("step", None) for moments in each.optimizer.state.values()]
+        each.load_parameter_state_from_fully_reshardable(parameters)
+        for moments, step in zip(each.optimizer.state.values(), steps, strict=True):
+            if step is not None:
+                moments["step"] = step.clone()
+
+
+def _begin_moments(optimizer: Any) -> None:
+    """Give an optimizer that has not stepped the moments it would start with: Megatron can neither save nor load it
+    without."""
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not trains(each) or each.optimizer.state:
+            continue
+        each.init_state_fn(each.optimizer, each.config)
+        if isinstance(each.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for moments in each.optimizer.state.values():
+                moments.setdefault("step", torch.zeros(()))
+
+
+def _share_common(state: dict[str, Any], key: str) -> None:
+    """Rank 0 writes what is not sharded; where its stage trains nothing, it takes the settings of the first that does."""
+    flags: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(flags, key in state)
+    if flags[0] or not any(flags):
+        return
+    source = flags.index(True)
+    mine = [_unsharded(state[key]) if key in state else None]
+    dist.broadcast_object_list(mine, src=source)
+    if key not in state:
+        state[key] = mine[0]
+
+
+def _unsharded(state: Any) -> Any:
+    """The part of an optimizer's state that is the same on all ranks."""
+    if isinstance(state, dict):
+        return {name: _unsharded(value) for name, value in state.items() if name != "param_state"}
+    return state
