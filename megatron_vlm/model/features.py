@@ -6,14 +6,15 @@ Each rank encodes its own crops. A window is pooled where its first patch was en
 needs travel there (windows of 2 x 2 patches that straddle two crops), then the pooled vectors, as wide as the language
 model and fewer than the patches, are gathered.
 
-Gradients. Let g be the loss's gradient with respect to all features, as one process has it. After the merge every rank
-cuts out its context chunk of the row, so rank (t, c) has g at the placeholders of chunk c and 0 elsewhere, whatever t is
-(with sequence parallelism too: the backward of its scatter gathers over the tensor-parallel ranks). The gather's backward
-sums over the group: T x g at the vectors that a rank pooled. From there on each rank differentiates what it computed
-itself, and the exchange returns the gradients of foreign patches to their rank. Over the G ranks, the gradients of a
-parameter thus add up to T times the one of a single process. DistributedDataParallel sums over data and context ranks,
-and `average_gradients_across_tp_domain` (replicated.py) averages over the tensor-parallel ranks: T x g / T = g.
-In bf16 the sum over the group loses nothing where T is a power of two: chunks of other context ranks are zeros.
+Gradients. Let g be the loss's gradient with respect to all features, as one process has it. After the merge every
+rank cuts out its context chunk of the row, so rank (t, c) has g at the placeholders of chunk c and 0 elsewhere, for
+every t (with sequence parallelism too: the backward of its scatter gathers over the tensor-parallel ranks). The
+gather's backward sums over the group: T x g at the vectors that a rank pooled. From there on each rank differentiates
+what it computed itself, and the exchange returns the gradients of foreign patches to their rank. Over the G ranks,
+the gradients of a parameter thus add up to T times the one of a single process. DistributedDataParallel sums over
+data and context ranks, and `average_gradients_across_tp_domain` (replicated.py) averages over the tensor-parallel
+ranks: T x g / T = g. In bf16 the sum over the group loses nothing where T is a power of two: chunks of other context
+ranks are zeros.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm for Megatron's layer specs, on any device and with sequence parallelism.
 
-Megatron's own wrapper of torch's norms refuses sequence parallelism, and its fused norms need apex or Transformer Engine.
+Megatron's own wrapper of torch's norms refuses sequence parallelism; its fused norms need apex or Transformer Engine.
 """
 
 from __future__ import annotations

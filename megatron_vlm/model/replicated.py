@@ -53,7 +53,7 @@ def mark(module: nn.Module) -> None:
 
 
 def set_replica_ids(state: ShardedStateDict) -> ShardedStateDict:
-    """Let one tensor-parallel rank write each tensor of `state`: with groups of one rank, all of them claim to be it."""
+    """Let one tensor-parallel rank write each tensor of `state`: alone in their groups, all of them claim to be it."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     for value in nested_values(state):
         if isinstance(value, ShardedBase):
