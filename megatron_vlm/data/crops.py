@@ -46,7 +46,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return pixels
     # Channels stay last in memory: the same numbers as the planar kernel in two thirds of the time.
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
+    image = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None].float()
     resized = interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
     return resized.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
 

@@ -1,0 +1,44 @@
+"""Rows of a global batch to data-parallel ranks, so that no rank waits long for another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_vlm.config.architecture import Architecture
+
+
+def row_cost(arch: Architecture, lengths: Sequence[int], loss_tokens: int, crops: int) -> int:
+    """Multiply-adds, forward, in which rows of one length differ: attention inside each sample, head, vision tower.
+
+    lengths: tokens of each sample of the row. The other layers work on padding too and cost the same for every row.
+    """
+    language, vision = arch.language, arch.vision
+    attention = sum(length * length for length in lengths) * language.heads * language.head_dim * language.layers
+    head = loss_tokens * language.hidden * language.vocab_size
+    per_patch = 4 * vision.width**2 + 2 * vision.width * vision.mlp + 2 * vision.patches * vision.width
+    return attention + head + crops * vision.patches * per_patch * vision.layers
+
+
+def deal(costs: Sequence[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:
+    """Rows by rank and micro-batch: [rank][micro-batch] -> row indices, ascending. Every rank gets as many rows.
+
+    The dearest row goes first, to the cheapest rank that has room; inside a rank likewise to its micro-batches.
+    Raises ValueError where the rows cannot be divided evenly.
+    """
+    if len(costs) % (ranks * micro_batches):
+        raise ValueError(
+            f"a global batch of {len(costs)} rows cannot be dealt to {ranks} data-parallel ranks x {micro_batches} "
+            "micro-batches. Change train.global_batch or train.micro_batch."
+        )
+    by_rank = _spread(range(len(costs)), costs, ranks)
+    return [_spread(rows, costs, micro_batches) for rows in by_rank]
+
+
+def _spread(rows: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
+    room = len(rows) // parts
+    loads, found = [0] * parts, [[] for _ in range(parts)]
+    for row in sorted(rows, key=lambda row: (-costs[row], row)):
+        part = min((part for part in range(parts) if len(found[part]) < room), key=lambda part: (loads[part], part))
+        loads[part] += costs[row]
+        found[part].append(row)
+    return [sorted(part) for part in found]

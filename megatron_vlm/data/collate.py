@@ -1,0 +1,133 @@
+"""Planned rows -> Batch: the only place that reads media. b rows of s tokens, as in Batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_vlm.batch import PAD, Batch
+from megatron_vlm.config.geometry import ImageGeometry, ImageLayout
+from megatron_vlm.data.crops import cut, windows
+from megatron_vlm.data.image import decode
+from megatron_vlm.data.plan import Row
+from megatron_vlm.data.shards import Shards
+from megatron_vlm.parallel.split import even_counts
+
+#: Like `map`, to run the decoding of several images side by side.
+Map = Callable[[Callable[["_Piece"], np.ndarray], Iterable["_Piece"]], Iterator[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch to be made: its rows, and which of its crops this rank encodes."""
+
+    rows: tuple[Row, ...]
+    crop_rank: int
+    crop_ranks: int
+    read_crops: bool
+    """False on pipeline stages without the vision tower: no pixel is read, crops are (0, p, d)."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some consecutive crops of one image."""
+
+    media: str
+    sample: str
+    layout: ImageLayout
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches. Sent whole to worker processes."""
+
+    shards: Shards
+    geometry: ImageGeometry
+    sequence_length: int
+
+    def __call__(self, micro_batch: MicroBatch, map_: Map = map) -> Batch:
+        """The batch of these rows.
+
+        Raises ValueError, naming sample and media key, for an image that cannot be read or is not as the sample says.
+        """
+        rows = micro_batch.rows
+        counts = even_counts(sum(row.crops for row in rows), micro_batch.crop_ranks)
+        return Batch(
+            **self._text(rows),
+            crops=torch.from_numpy(self._crops(micro_batch, counts, map_)),
+            crop_counts=counts,
+            windows=torch.from_numpy(self._windows(rows)),
+            rows=torch.tensor([row.number for row in rows], dtype=torch.int64),
+        )
+
+    def _text(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        shape = (len(rows), self.sequence_length)
+        found = {
+            "tokens": np.zeros(shape, dtype=np.int64),
+            "targets": np.zeros(shape, dtype=np.int64),
+            "loss_weights": np.zeros(shape, dtype=np.float32),
+            "positions": np.full(shape, PAD, dtype=np.int64),
+            "examples": np.full(shape, PAD, dtype=np.int32),
+            "branches": np.full(shape, PAD, dtype=np.int32),
+            "is_vision": np.zeros(shape, dtype=bool),
+            "sources": np.full(shape, PAD, dtype=np.int32),
+        }
+        for place, row in enumerate(rows):
+            start = 0
+            for number, sample in enumerate(row.samples):
+                stop = start + len(sample.content.tokens)
+                for name in ("tokens", "targets", "loss_weights", "positions", "branches", "is_vision"):
+                    found[name][place, start:stop] = getattr(sample.content, name)
+                found["examples"][place, start:stop] = number
+                found["sources"][place, start:stop] = sample.source
+                start = stop
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+    def _windows(self, rows: Sequence[Row]) -> np.ndarray:
+        tables, first = [], 0
+        for layout in _layouts(rows):
+            table = windows(layout, self.geometry)
+            tables.append(np.where(table == PAD, PAD, table + first * self.geometry.patches))
+            first += layout.crops
+        return np.concatenate(tables) if tables else np.empty((0, 1), dtype=np.int64)
+
+    def _crops(self, micro_batch: MicroBatch, counts: tuple[int, ...], map_: Map) -> np.ndarray:
+        shape = (self.geometry.patches, 3 * self.geometry.patch_size**2)
+        if not micro_batch.read_crops or not counts[micro_batch.crop_rank]:
+            return np.empty((0, *shape), dtype=np.uint8)
+        start = sum(counts[: micro_batch.crop_rank])
+        pieces = list(_pieces(micro_batch.rows, start, start + counts[micro_batch.crop_rank]))
+        parts = list(map_(self._read, pieces))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read(self, piece: _Piece) -> np.ndarray:
+        name = f"{piece.media} of sample {piece.sample}"
+        pixels = decode(self.shards.media(piece.media), name=name)
+        try:
+            return cut(pixels, piece.layout, self.geometry, piece.start, piece.stop)
+        except Exception as error:
+            error.add_note(f"image {name}, {pixels.shape[1]}x{pixels.shape[0]} pixels")
+            raise
+
+
+def _layouts(rows: Sequence[Row]) -> Iterator[ImageLayout]:
+    for row in rows:
+        for sample in row.samples:
+            yield from sample.content.layouts
+
+
+def _pieces(rows: Sequence[Row], start: int, stop: int) -> Iterator[_Piece]:
+    """The images, or parts of them, that hold crops `start` to `stop` of the micro-batch."""
+    first = 0
+    for row in rows:
+        for sample in row.samples:
+            for media, layout in zip(sample.media, sample.content.layouts, strict=True):
+                begin, end = max(start - first, 0), min(stop - first, layout.crops)
+                if begin < end:
+                    yield _Piece(media, sample.key, layout, begin, end)
+                first += layout.crops

@@ -1,0 +1,258 @@
+"""The stream of training steps for one rank: plan, deal, decode ahead. Knows ranks as numbers, not as groups.
+
+Rows form one endless stream, window after window, and a step takes the next `train.global_batch` of them. So nothing is
+carried from window to window, nothing is dropped between them, and (window, row) is all the state there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlm.batch import Batch
+from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.config.geometry import image_geometry
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data import mixture as mixtures
+from megatron_vlm.data.balance import deal
+from megatron_vlm.data.collate import Collator, MicroBatch
+from megatron_vlm.data.order import MixtureOrder, OnePassOrder
+from megatron_vlm.data.plan import Planner, Row, padding_row
+from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.tokens import Tokenizer
+from megatron_vlm.data.tree import TreeSettings
+from megatron_vlm.data.workers import Workers
+
+#: Steps that are made ahead of the one in use.
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each step a rank takes."""
+
+    data_rank: int = 0
+    """Place among the data-parallel ranks: which rows."""
+    data_ranks: int = 1
+    crop_rank: int = 0
+    """Place in the model replica's TP x CP group: which of the micro-batch's crops."""
+    crop_ranks: int = 1
+    crops: bool = True
+    """This rank encodes crops (first pipeline stage). False = it never reads a pixel."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank needs for one optimizer step. Counts are of the whole global batch unless they say otherwise."""
+
+    micro_batches: tuple[Batch, ...]
+    """This rank's."""
+    window: int
+    """Window and place in it of the step's first row."""
+    offset: int
+    next_window: int
+    """The same of the following step: the state to resume from after this one."""
+    next_offset: int
+    rows: tuple[int, ...]
+    """Numbers of the rows, in the run's order."""
+    keys: tuple[str, ...]
+    """`data set/key` of every sample, row by row: the same on every layout."""
+    keys_hash: str
+    """sha256 of the keys, one a line, and of the bounds of the rows."""
+    loss_weight: float
+    """Sum of the loss weights of this data rank's rows."""
+    global_loss_weight: float
+    """Sum of the loss weights of all rows: what the loss is divided by."""
+    tokens: int
+    """Places in the rows, padding counted."""
+    useful_tokens: int
+    """Places that hold a sample."""
+    image_tokens: int
+    """Image placeholders."""
+    crops: int
+    samples: int
+    skipped: tuple[str, ...] = ()
+    """`data set/key` of samples whose media failed and were passed over."""
+
+
+class Loader:
+    """Iterates over Steps from `state` on (None = from the start); endless but for `one_pass`.
+
+    one_pass: every sample of the split once, beginning at the mixture's rates; the last step is filled up with rows of
+              padding. For evaluation.
+    sources:  names of the mixture's data sets; Batch.sources indexes them.
+    Raises ValueError where data, tokenizer, mixture or settings do not fit, or are not those of `state`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        arch: Architecture,
+        share: Share,
+        *,
+        split: str | None = None,
+        state: dict[str, Any] | None = None,
+        one_pass: bool = False,
+    ) -> None:
+        self._share, self._config = share, config
+        data, train = config.data, config.train
+        self._rows_per_rank = _rows_per_rank(config, share)
+        split = split or data.split
+        shards = Shards(_manifest(data.manifest))
+        mixture = mixtures.load(data.mixture)
+        tokenizer = Tokenizer.load(data.tokenizer, arch.language)
+        geometry = image_geometry(arch, data.image_crops)
+        self.sources = tuple(member.name for member in mixture.members)
+        sizes = [shards.count(name, split) for name in self.sources]
+        rates = mixture.rates(dict(zip(self.sources, sizes, strict=True)).__getitem__)
+        if not one_pass:
+            _check_sources(self.sources, sizes, split, shards)
+        order = (OnePassOrder if one_pass else MixtureOrder)(self.sources, sizes, rates, data.seed)
+        settings = TreeSettings(
+            tokenizer, geometry, data.prompts, data.loss_weighting, data.sequence_length, data.max_crops, data.seed
+        )
+        self._planner = Planner(
+            shards, split, self.sources, tuple(m.weight for m in mixture.members), order, settings, arch, data.window
+        )
+        self._identity = {
+            "manifest": shards.hash,
+            "tokenizer": tokenizer.hash,
+            "mixture": mixture.hash,
+            "split": split,
+            "one_pass": one_pass,
+            "geometry": repr(geometry),
+            **{name: getattr(data, name) for name in _SETTINGS},
+        }
+        self._position = (0, 0) if state is None else self._checked(state)
+        self._workers = Workers(Collator(shards, geometry, data.sequence_length), data.workers)
+        self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._global_batch = train.global_batch
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps from the loader's position on; the position moves with each step that is handed out."""
+        ahead: deque[tuple[dict[str, Any], list[Future[Batch]]]] = deque()
+        for facts, micro_batches in self._planned_steps(*self._position):
+            ahead.append((facts, [self._workers.submit(micro_batch) for micro_batch in micro_batches]))
+            if len(ahead) > STEPS_AHEAD:
+                yield self._finished(*ahead.popleft())
+        while ahead:
+            yield self._finished(*ahead.popleft())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream goes on after the last step handed out, and what it is a stream of. JSON values."""
+        return {"window": self._position[0], "offset": self._position[1], "of": dict(self._identity)}
+
+    def close(self) -> None:
+        """End worker processes and threads."""
+        self._workers.close()
+        self._plans.shutdown(wait=False, cancel_futures=True)
+
+    def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
+        different = [
+            f"{name} was {state['of'].get(name)!r} and is now {value!r}"
+            for name, value in self._identity.items()
+            if state["of"].get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"the data are not those that the run was stopped on: {'; '.join(different)}. Set them back, or start "
+                "a new run from the weights (init.checkpoint)."
+            )
+        return int(state["window"]), int(state["offset"])
+
+    def _finished(self, facts: dict[str, Any], futures: list[Future[Batch]]) -> Step:
+        step = Step(micro_batches=tuple(future.result() for future in futures), **facts)
+        self._position = (step.next_window, step.next_offset)
+        return step
+
+    def _planned_steps(self, window: int, offset: int) -> Iterator[tuple[dict[str, Any], list[MicroBatch]]]:
+        """What is known of each step without pixels, and this rank's micro-batches."""
+        rows: list[Row] = []
+        start = (window, offset)
+        for number, planned in self._windows(window):
+            skip = offset if number == window else 0
+            for place in range(skip, len(planned)):
+                rows.append(planned[place])
+                if len(rows) == self._global_batch:
+                    following = (number, place + 1)
+                    yield self._step(rows, start, following)
+                    rows, start = [], following
+        if rows:
+            last = rows[-1].number
+            padding = [padding_row(last + 1 + extra) for extra in range(self._global_batch - len(rows))]
+            yield self._step([*rows, *padding], start, (number + 1, 0))
+
+    def _windows(self, window: int) -> Iterator[tuple[int, list[Row]]]:
+        """Planned windows from `window` on; the next one is planned while one is in use."""
+        future = self._plans.submit(self._planner.plan, window)
+        while (planned := future.result()) is not None:
+            future = self._plans.submit(self._planner.plan, window + 1)
+            yield window, planned
+            window += 1
+
+    def _step(
+        self, rows: list[Row], start: tuple[int, int], following: tuple[int, int]
+    ) -> tuple[dict[str, Any], list[MicroBatch]]:
+        share, per_batch = self._share, self._config.train.micro_batch
+        dealt = deal([row.cost for row in rows], share.data_ranks, self._rows_per_rank // per_batch)[share.data_rank]
+        micro_batches = [
+            MicroBatch(tuple(rows[i] for i in batch), share.crop_rank, share.crop_ranks, share.crops) for batch in dealt
+        ]
+        samples = [sample for row in rows for sample in row.samples]
+        lines = ["\n".join(sample.key for sample in row.samples) for row in rows]
+        facts = {
+            "window": start[0],
+            "offset": start[1],
+            "next_window": following[0],
+            "next_offset": following[1],
+            "rows": tuple(row.number for row in rows),
+            "keys": tuple(sample.key for sample in samples),
+            "keys_hash": hashlib.sha256("\n\n".join(lines).encode()).hexdigest(),
+            "loss_weight": sum(_loss_weight(rows[i]) for batch in dealt for i in batch),
+            "global_loss_weight": sum(_loss_weight(row) for row in rows),
+            "tokens": len(rows) * self._config.data.sequence_length,
+            "useful_tokens": sum(row.tokens for row in rows),
+            "image_tokens": sum(layout.placeholders for sample in samples for layout in sample.content.layouts),
+            "crops": sum(row.crops for row in rows),
+            "samples": len(samples),
+        }
+        return facts, micro_batches
+
+
+#: Settings that decide what the rows hold, beside the files.
+_SETTINGS = ("seed", "window", "sequence_length", "max_crops", "image_crops", "prompts", "loss_weighting")
+
+
+def _loss_weight(row: Row) -> float:
+    return sum(float(sample.content.loss_weights.sum()) for sample in row.samples)
+
+
+def _rows_per_rank(config: Config, share: Share) -> int:
+    rows, per_batch = config.train.global_batch, config.train.micro_batch
+    if rows % (share.data_ranks * per_batch):
+        raise ValueError(
+            f"train.global_batch={rows} does not divide by {share.data_ranks} data-parallel ranks x "
+            f"train.micro_batch={per_batch}."
+        )
+    return rows // share.data_ranks
+
+
+def _manifest(setting: str) -> str:
+    if setting != "sample":
+        return setting
+    from megatron_vlm.data import sample
+
+    return str(sample.build())
+
+
+def _check_sources(sources: tuple[str, ...], sizes: list[int], split: str, shards: Shards) -> None:
+    empty = [name for name, size in zip(sources, sizes, strict=True) if not size]
+    if empty:
+        raise ValueError(
+            f"{shards.directory} has no sample of {', '.join(empty)} in split {split!r}, but the mixture draws from "
+            "it. Correct data.mixture or data.split."
+        )

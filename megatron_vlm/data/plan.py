@@ -1,0 +1,101 @@
+"""A window of draws -> packed rows, without a pixel. The same on every rank, for any number of ranks and workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.data.balance import row_cost
+from megatron_vlm.data.keyed import generator
+from megatron_vlm.data.order import Draw, MixtureOrder, OnePassOrder
+from megatron_vlm.data.pack import pack
+from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.tree import TokenizedExample, TreeSettings, tokenize
+
+#: A row's number in the run's order is window * ROWS_PER_WINDOW + its place in the window.
+ROWS_PER_WINDOW = 1 << 24
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample that has its place in a row."""
+
+    key: str
+    """data set/key, as the ledger writes it."""
+    source: int
+    """Index of the data set in the mixture."""
+    media: tuple[str, ...]
+    """Keys of its images."""
+    content: TokenizedExample
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row."""
+
+    number: int
+    """Its number in the run's order."""
+    samples: tuple[Sample, ...]
+    """() = a row of padding, at the end of a single pass."""
+    cost: int
+    """Estimated work beyond that of padding."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sample.content.tokens) for sample in self.samples)
+
+    @property
+    def crops(self) -> int:
+        return sum(sample.content.crops for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Expands windows. `sources` are the mixture's data sets, `flat_weights` their flat loss weights or None."""
+
+    shards: Shards
+    split: str
+    sources: tuple[str, ...]
+    flat_weights: tuple[float | None, ...]
+    order: MixtureOrder | OnePassOrder
+    settings: TreeSettings
+    arch: Architecture
+    length: int
+    """Draws of a window."""
+
+    def plan(self, window: int) -> list[Row] | None:
+        """The rows of a window in a random order; None after the last window of a single pass.
+
+        Raises ValueError, naming the sample, for one that cannot be planned.
+        """
+        draws = self.order.window(window, self.length)
+        if draws is None:
+            return None
+        samples = [self._sample(draw) for draw in draws]
+        sizes = [len(sample.content.tokens) for sample in samples], [sample.content.crops for sample in samples]
+        rows = pack(*sizes, self.settings.max_tokens, self.settings.max_crops)
+        if len(rows) > ROWS_PER_WINDOW:
+            raise ValueError(f"window {window} has {len(rows)} rows, at most {ROWS_PER_WINDOW} can be numbered: "
+                             "lower data.window.")  # fmt: skip
+        generator(self.settings.seed, window, "rows").shuffle(rows)
+        return [
+            self._row(window * ROWS_PER_WINDOW + place, tuple(samples[i] for i in row))
+            for place, row in enumerate(rows)
+        ]
+
+    def _sample(self, draw: Draw) -> Sample:
+        source = self.sources[draw.source]
+        example = self.shards.example(source, self.split, draw.index)
+        content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source])
+        return Sample(f"{source}/{example.key}", draw.source, tuple(media.key for media in example.media), content)
+
+    def _row(self, number: int, samples: tuple[Sample, ...]) -> Row:
+        lengths = [len(sample.content.tokens) for sample in samples]
+        loss_tokens = sum(int((sample.content.loss_weights != 0).sum()) for sample in samples)
+        crops = sum(sample.content.crops for sample in samples)
+        return Row(number, samples, row_cost(self.arch, lengths, loss_tokens, crops))
+
+
+def padding_row(number: int) -> Row:
+    """A row without a sample."""
+    return Row(number, (), 0)

@@ -1,0 +1,146 @@
+"""Places as text: Molmo2's `<points coords="1 1 103 540 2 388 512">cups</points>`, written and read.
+
+Coordinates are thousandths of the width and height. Reading forgives: a model's output, cut or half wrong, gives the
+places that can be made out. Earlier Molmo's tags and the educational `<point t, x, y, id>` are read too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import groupby
+from typing import NamedTuple
+
+from megatron_vlm.data.example import Points
+
+#: Between the groups of two images or frames, by prompt format: TAB in pre-training (html-v1), `;` later (html-v2).
+SEPARATORS = {"style_and_length": "\t", "style": ";"}
+NONE = "There are none."
+#: What stands around the tag, by style; any other style has the tag alone.
+COUNT_AFTER = ("point_count", "point_then_count", "multi_image_point_then_count", "cosyn_point_count")
+COUNT_BEFORE = ("count_point", "count_then_point", "multi_image_count_then_point")
+COUNT_ONLY = ("count", "counting", "multi_image_counting")
+
+_TAG = re.compile(r"<(?:points|tracks)\b.*?\bcoords=\"([0-9\t:;, .]+)", re.DOTALL)
+_GROUP = re.compile(r"(?:^|[\t:,;])\s*([0-9]+(?:\.[0-9]+)?) ([0-9 .]+)")
+_PLACE = re.compile(r"([0-9]+) ([0-9]{3,4}) ([0-9]{3,4})(?![0-9])")
+_MOLMO1_TAG = re.compile(r"<points?\s([^>]*)>")
+_MOLMO1_PLACE = re.compile(r"\bx([0-9]*)\s*=\s*[\"']?\s*([0-9.]+)[\"']?\s+y\1\s*=\s*[\"']?\s*([0-9.]+)")
+_EDUCATIONAL = re.compile(r"<point\s+((?:[0-9.]+\s*,\s*){2,3}[0-9]+)\s*/?>")
+_COUNTS = (
+    re.compile(r"shows a total of ([0-9]+)"),
+    re.compile(r"[Tt]here (?:are|is) ([0-9]+)"),
+    re.compile(r"^\s*([0-9]+)\s*\.?\s*$"),
+)
+
+
+class Place(NamedTuple):
+    """One place read from text."""
+
+    at: float
+    """Number of the image, from 1; seconds in a video."""
+    id: int
+    """Number of the object, from 1."""
+    x: float
+    """Fraction of the width, 0 to 1."""
+    y: float
+    """Fraction of the height, 0 to 1."""
+
+
+def write(answer: Points, style: str, *, separator: str = ";", seconds: bool = False) -> str:
+    """The answer as text in the words of `style`.
+
+    seconds: `at` of the points is a time in a video, not the number of an image.
+    """
+    count = len(answer.points)
+    if style in COUNT_ONLY:
+        return str(count)
+    if not count:
+        return NONE
+    tag = f'<points coords="{_coordinates(answer, separator, seconds)}">{answer.label}</points>'
+    if style in COUNT_AFTER:
+        return f"Counting the {tag} shows a total of {count}."
+    if style in COUNT_BEFORE:
+        return f"There are {count} {tag}."
+    return tag
+
+
+def _coordinates(answer: Points, separator: str, seconds: bool) -> str:
+    # Sorted after rounding, so that the order can be told from the text alone; ids run through all groups.
+    places = sorted((point.at, _thousandths(point.x), _thousandths(point.y)) for point in answer.points)
+    groups, number = [], 0
+    for at, members in groupby(places, key=lambda place: place[0]):
+        words = [str(round(at, 1)) if seconds else str(int(at))]
+        for _, x, y in members:
+            number += 1
+            words.append(f"{number} {x:03d} {y:03d}")
+        groups.append(" ".join(words))
+    return separator.join(groups)
+
+
+def _thousandths(fraction: float) -> int:
+    if not math.isfinite(fraction):
+        raise ValueError(f"a coordinate is {fraction}; needed a fraction from 0 to 1.")
+    return round(1000 * min(max(fraction, 0.0), 1.0))
+
+
+def parse(text: str) -> list[Place]:
+    """Every place in `text` that can be made out, in its order; places outside the picture are left out.
+
+    An id used twice in one image or frame counts once.
+    """
+    places: list[Place] = []
+    for match in _TAG.finditer(text):
+        places.extend(_molmo2_places(match[1]))
+    if not places:
+        places = [*_educational_places(text)] or [*_molmo1_places(text)]
+    return [place for place in places if 0 <= place.x <= 1 and 0 <= place.y <= 1]
+
+
+def parse_count(text: str) -> int | None:
+    """The number that an answer states; else the number of places in it; None where it has neither."""
+    if NONE in text:
+        return 0
+    for pattern in _COUNTS:
+        if match := pattern.search(text):
+            return int(match[1])
+    return len(parse(text)) or None
+
+
+def _molmo2_places(coordinates: str) -> list[Place]:
+    places = []
+    for group in _GROUP.finditer(coordinates):
+        seen = set()
+        for number, x, y in _PLACE.findall(group[2]):
+            if number not in seen:
+                seen.add(number)
+                places.append(Place(float(group[1]), int(number), int(x) / 1000, int(y) / 1000))
+    return places
+
+
+def _molmo1_places(text: str) -> list[Place]:
+    """`<point x="10.5" y="20" alt="cat">` and `<points x1=".." y1=".." x2=...>`: percent of the width and height."""
+    places = []
+    for tag in _MOLMO1_TAG.finditer(text):
+        for _, x, y in _MOLMO1_PLACE.findall(tag[1]):
+            if (across := _number(x)) is not None and (down := _number(y)) is not None:
+                places.append(Place(1, len(places) + 1, across / 100, down / 100))
+    return places
+
+
+def _educational_places(text: str) -> list[Place]:
+    """`<point x, y, id>` and `<point t, x, y, id>`: fractions, ids from 0."""
+    places = []
+    for tag in _EDUCATIONAL.finditer(text):
+        numbers = [_number(word) for word in tag[1].split(",")]
+        if None not in numbers:
+            at, x, y, number = numbers if len(numbers) == 4 else [1, *numbers]
+            places.append(Place(at, int(number) + 1, x, y))
+    return places
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
