@@ -37,6 +37,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _build(merged, origins)
 
 
+def from_dict(settings: Mapping[str, Any], origin: str) -> Config:
+    """The settings of a nested dict, as `to_dict` gives it.
+
+    origin: where the dict stands, for errors: `in the checkpoint runs/x`. Raises ValueError as `load` does.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    _check_names(settings, Config, "", origin)
+    _merge(merged, settings, "", origin, origins)
+    return _build(merged, origins)
+
+
 def dump(config: Config) -> str:
     """YAML of every setting; `load` of a file with this text gives an equal Config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)

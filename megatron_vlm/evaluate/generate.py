@@ -1,0 +1,135 @@
+"""Greedy answers to questions about images, without a cache: each round predicts one more token of every open answer.
+
+Questions about one image share it: they are branches of one example, so one forward serves them all, and several
+examples are packed into a row. Finished answers leave the row, waiting examples take their place. One process only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_vlm.batch import PAD, PREFIX_BRANCH, Batch
+from megatron_vlm.data.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What several questions share, and the questions."""
+
+    prefix: Sequence[int]
+    """BOS and the image's block."""
+    questions: Sequence[Sequence[int]]
+    """Ids of each question, up to where its answer begins."""
+    crops: np.ndarray
+    """(c, p, d) uint8."""
+    windows: np.ndarray
+    """(n, w) int64 into the prompt's own crops, PAD in empty slots."""
+
+
+@dataclass
+class _Open:
+    """A prompt whose answers are being written. `open`: questions without an end yet."""
+
+    index: int
+    prompt: Prompt
+    answers: list[list[int]]
+    open: list[int] = field(default_factory=list)
+
+    def tokens(self) -> int:
+        return len(self.prompt.prefix) + sum(len(self.prompt.questions[q]) + len(self.answers[q]) for q in self.open)
+
+
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    *,
+    max_new_tokens: int,
+    row_tokens: int = 4096,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda finished: None,
+) -> list[list[list[int]]]:
+    """Answers by prompt and question, as ids without the end of sequence.
+
+    model:      a whole VlmModel (no pipeline, no context parallelism).
+    row_tokens: most tokens in a forward pass; an example longer than that gets a pass of its own.
+    progress:   told the number of prompts just finished.
+    """
+    answers: list[list[list[int]]] = [[[] for _ in prompt.questions] for prompt in prompts]
+    waiting = [_Open(i, p, answers[i], list(range(len(p.questions)))) for i, p in enumerate(prompts)][::-1]
+    running: list[_Open] = []
+    model.eval()
+    with torch.no_grad():
+        while waiting or running:
+            used = sum(item.tokens() for item in running)
+            while waiting and (not running or used + waiting[-1].tokens() <= row_tokens):
+                running.append(waiting.pop())
+                used += running[-1].tokens()
+            batch, ends = _row(running, tokenizer)
+            logits = model(batch.to(device), logits_at=torch.tensor(ends, device=device))
+            following = iter(logits.argmax(dim=-1).tolist())
+            for item in running:
+                for question in list(item.open):
+                    token = next(following)
+                    if token != tokenizer.eos:
+                        item.answers[question].append(token)
+                    if token == tokenizer.eos or len(item.answers[question]) >= max_new_tokens:
+                        item.open.remove(question)
+            done = [item for item in running if not item.open]
+            running = [item for item in running if item.open]
+            progress(len(done))
+    return answers
+
+
+def _row(items: Sequence[_Open], tokenizer: Tokenizer) -> tuple[Batch, list[int]]:
+    """One row of all items, and the places of the last token of every open answer."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    branches: list[int] = []
+    examples: list[int] = []
+    ends: list[int] = []
+    windows, first_patch = [], 0
+    for number, item in enumerate(items):
+        prefix = list(item.prompt.prefix)
+        tokens += prefix
+        positions += range(len(prefix))
+        branches += [PREFIX_BRANCH] * len(prefix)
+        for question in item.open:
+            said = [*item.prompt.questions[question], *item.answers[question]]
+            tokens += said
+            positions += range(len(prefix), len(prefix) + len(said))
+            branches += [question] * len(said)
+            ends.append(len(tokens) - 1)
+        examples += [number] * (len(tokens) - len(examples))
+        table = item.prompt.windows
+        windows.append(np.where(table == PAD, PAD, table + first_patch))
+        first_patch += item.prompt.crops.shape[0] * item.prompt.crops.shape[1]
+    ids = torch.tensor(tokens)[None]
+    crops = np.concatenate([item.prompt.crops for item in items])
+    batch = Batch(
+        tokens=ids,
+        targets=torch.zeros_like(ids),
+        loss_weights=torch.zeros(ids.shape),
+        positions=torch.tensor(positions)[None],
+        examples=torch.tensor(examples, dtype=torch.int32)[None],
+        branches=torch.tensor(branches, dtype=torch.int32)[None],
+        is_vision=torch.isin(ids, torch.tensor(sorted(tokenizer.vision_ids))),
+        sources=torch.zeros(ids.shape, dtype=torch.int32),
+        crops=torch.from_numpy(crops),
+        crop_counts=(len(crops),),
+        windows=torch.from_numpy(_stacked(windows)),
+        rows=torch.zeros(1, dtype=torch.int64),
+    )
+    return batch, ends
+
+
+def _stacked(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Window tables below each other, padded to the widest."""
+    width = max(table.shape[1] for table in tables)
+    return np.concatenate(
+        [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=PAD) for table in tables]
+    ).astype(np.int64)
