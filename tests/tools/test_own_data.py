@@ -1,0 +1,163 @@
+"""One's own data: JSONL -> shards -> look -> train, and what happens to bad lines. Images are made here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_vlm.data.example import Point, Points, Turn
+from megatron_vlm.data.shards import Shards
+from tools import build_shards, inspect_data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images beside a JSONL file with one line of every form."""
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "blue.jpg")
+    write(
+        tmp_path,
+        {"image_path": "red.png", "caption": "Only <b>red</b> & nothing else."},
+        {"image_path": "red.png", "question": "What color?", "answer": "Red.", "key": "asked", "info": {"id": 3}},
+        {"image_path": "red.png", "label": "dots", "points": [[10, 5], [30, 20]], "style": "point_count"},
+        {"image_path": "blue.jpg", "label": "dots", "points": [[25, 50]], "unit": "percent"},
+        {"image_path": "blue.jpg", "branches": [{"caption": "Blue."}, {"label": "cats", "points": []}]},
+        {
+            "image_paths": ["red.png", "blue.jpg"],
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhich is blue?"},
+                {"from": "gpt", "value": "The second."},
+            ],
+        },
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+        {"prompt": "2 + 2?", "answer": "4"},
+        {"text": "Just text."},
+    )
+    return tmp_path
+
+
+def write(folder: Path, *lines: object) -> None:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / "mine.jsonl").write_text(text)
+
+
+def build(folder: Path, *more: str) -> Shards:
+    build_shards.main(["build", str(folder / "mine.jsonl"), "--out", str(folder / "shards"), *more])
+    return Shards(folder / "shards")
+
+
+def test_every_form_of_a_line_arrives(folder: Path) -> None:
+    shards = build(folder)
+    samples = [shards.example("mine", "train", index) for index in range(shards.count("mine", "train"))]
+    assert [[branch.style for branch in sample.branches] for sample in samples] == [
+        ["long_caption"], ["user_qa"], ["point_count"], ["pointing"], ["long_caption", "pointing"],
+        ["user_qa"], ["text_sft"], ["text_sft"], ["text_sft"],
+    ]  # fmt: skip
+    assert samples[1].key == "asked" and samples[1].info == {"id": 3}
+    assert samples[2].branches[0].turns[0].answer == Points("dots", (Point(1, 0.25, 0.25), Point(1, 0.75, 1.0)))
+    assert samples[3].branches[0].turns[0].answer == Points("dots", (Point(1, 0.25, 0.5),))
+    assert samples[4].branches[1].turns[0].answer == Points("cats", ())
+    assert samples[5].branches[0].turns == (Turn("Which is blue?", "The second."),)
+    assert [len(sample.media) for sample in samples] == [1, 1, 1, 1, 1, 2, 0, 0, 0]
+    assert shards.media(samples[0].media[0].key) == (folder / "red.png").read_bytes()
+    build_shards.main(["verify", str(folder / "shards")])
+
+
+def test_held_out_samples_stay_held_out_when_data_are_added(folder: Path) -> None:
+    lines = [{"prompt": f"{n}?", "answer": str(n)} for n in range(200)]
+    write(folder, *lines)
+    first = build(folder, "--held-out", "0.25")
+    kept = set(first.keys("mine", "validation"))
+    assert 25 < len(kept) < 75
+    write(folder, *lines, {"prompt": "more?", "answer": "yes"})
+    again = build(folder, "--held-out", "0.25", "--overwrite")
+    assert kept <= set(again.keys("mine", "validation"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "not JSON"),
+        ("[1]", "must be a JSON object"),
+        ({"image_path": "none.png", "caption": "x"}, "none.png"),
+        ({"image_path": "torn.png", "caption": "x"}, "does not decode"),
+        ({"image_path": "red.png"}, "no conversation: needed one of caption"),
+        ({"image_path": "red.png", "caption": ""}, "caption must be a text"),
+        ({"image_path": "red.png", "caption": "x", "captoin": "y"}, "captoin cannot stand beside caption"),
+        ({"image_path": "red.png", "label": "a", "points": [[41, 3]]}, r"\[41, 3\] lies outside the image: x to 40"),
+        ({"image_path": "red.png", "label": "a", "points": [[1, 2, 2]]}, "names image 2; the line has 1"),
+        ({"image_path": "red.png", "label": "a", "points": [["1", 2]]}, "must be"),
+        ({"image_path": "red.png", "label": "a", "points": [[1, 2]], "unit": "inches"}, "choose one of pixels"),
+        ({"label": "a", "points": [[1, 2]]}, "points need an image_path"),
+        ({"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}, "message 0 is from"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "ends with the assistant"),
+        ({"prompt": "a", "answer": "b", "key": "bad key!"}, "bad key!"),
+        ({"prompt": "a", "answer": "b", "key": "same"}, "used twice"),
+    ],
+)
+def test_bad_line_is_named_and_nothing_is_written(
+    folder: Path, line: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = (folder / "red.png").read_bytes()
+    (folder / "torn.png").write_bytes(torn[: len(torn) - 30])
+    write(folder, {"prompt": "a", "answer": "b", "key": "same"}, line)
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit, match=message) as stop:
+        build(folder)
+    assert "mine.jsonl:2: " in str(stop.value) and str(stop.value).startswith("error: ")
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_few_bad_lines_can_be_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, {"prompt": "a", "answer": "b"}, "{", "", "{", {"prompt": "c", "answer": "d"})
+    with pytest.raises(SystemExit, match="more than --max-bad 1"):
+        build(folder, "--max-bad", "1")
+    shards = build(folder, "--max-bad", "2")
+    assert shards.keys("mine", "train") == ["00000001", "00000005"]
+    assert capsys.readouterr().err.count("left out: ") == 2
+
+
+def test_damaged_shards_fail_verification(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(folder)
+    tar = folder / "shards" / "media" / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[700] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(SystemExit, match="faults"):
+        build_shards.main(["verify", str(folder / "shards")])
+    assert "media/000000.tar" in capsys.readouterr().err
+
+
+def test_page_shows_the_samples_and_escapes_their_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(folder)
+    look = folder / "look"
+    inspect_data.main([str(folder / "shards"), "--num-samples", "99", "--out", str(look)])
+    assert re.search(r"mine +train +9 +10 +7 ", capsys.readouterr().out)
+    page = (look / "index.html").read_text()
+    assert "<b>red</b>" not in page and "&lt;b&gt;red&lt;/b&gt; &amp; nothing" in page
+    assert page.count("<article>") == 9
+    assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)", page), "the page must hold everything it shows"
+    images = re.findall(r"base64,([^\"]+)", page)
+    assert len(images) == len(list(look.glob("*.png"))) == 7
+    assert base64.b64decode(images[0]).startswith(b"\x89PNG")
+
+
+def test_points_are_marked_where_they_are(folder: Path) -> None:
+    shards = build(folder)
+    sample = shards.example("mine", "train", 3)
+    shown = np.asarray(inspect_data.picture(shards, sample, 0)).astype(int)
+    height, width, _ = shown.shape
+    rows, columns = np.nonzero(np.abs(shown - shown[-1, -1]).sum(2) > 60)
+    assert abs(columns.mean() / width - 0.25) < 0.01 and abs(rows.mean() / height - 0.5) < 0.01
+
+
+def test_unknown_split_is_named(folder: Path) -> None:
+    build(folder)
+    with pytest.raises(SystemExit, match="has no such data set or split. It has mine: train"):
+        inspect_data.main([str(folder / "shards"), "--split", "test"])
