@@ -1,0 +1,175 @@
+"""Attention over packed rows: Megatron's `core_attention` slot with the mask rule of mask.py and Ulysses inside.
+
+Works example by example through the blocks of plan.py; there is no S x S tensor. Letters: s tokens in a row, t tokens
+in this context rank's chunk, b rows, h query heads and k key-value heads of this tensor-parallel rank, d numbers in a
+head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_vlm.model.plan import Plan, Plans
+from megatron_vlm.parallel import context
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+#: All layers see the same rows.
+_plans = Plans()
+
+
+class PackedAttention(nn.Module):
+    """Softmax attention under the mask rule; the marks of the whole row come in the place of `attention_mask`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ):
+        super().__init__()
+        assert pg_collection is not None, "the spec builds attention with process groups"
+        self.scale = softmax_scale
+        self.context_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Query (t, b, h, d), key and value (t, b, k, d), marks (5, b, s) -> (t, b, h x d); padding gives zeros.
+
+        In and out: each context rank holds its chunk of the row. Moves: four all-to-all, none with one context rank.
+        """
+        tokens, group = attention_mask.shape[2], self.context_group
+        if group.size() > 1:
+            heads = query.shape[2]
+            key, value = (context.repeat_heads(x, heads, group) for x in (key, value))
+            query, key, value = (context.heads_to_ranks(x, tokens, group) for x in (query, key, value))
+        plans = [_plans.of(attention_mask[:, row]) for row in range(attention_mask.shape[1])]
+        out = attend(query, key, value, plans, self.scale)
+        return context.tokens_to_ranks(out, group).flatten(2)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plans: list[Plan], scale: float | None = None
+) -> torch.Tensor:
+    """Query (s, b, h, d), key and value (s, b, k, d), a plan for each of the b rows -> (s, b, h, d).
+
+    `scale` multiplies the scores; None = 1 / sqrt(d).
+    """
+    if query.device.type == "cpu":
+        return _BlockAttention.apply(query, key, value, plans, scale)
+    return _block_by_block(query, key, value, plans, scale)
+
+
+def _block_by_block(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plans: list[Plan], scale: float | None
+) -> torch.Tensor:
+    """The same blocks through torch's own attention, which picks a kernel for the device."""
+    out = torch.zeros_like(query)
+    for row, plan in enumerate(plans):
+        for block in plan.blocks:
+            q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
+            mask = plan.mask(block)
+            part = nn.functional.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=None if mask is None else mask.to(q.dtype),
+                is_causal=block.causal,
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[block.start : block.end, row] = part[0].transpose(0, 1)
+    return out
+
+
+class _BlockAttention(torch.autograd.Function):
+    """torch's flash attention for CPUs, block by block, with the gradients of keys and values summed in place.
+
+    As one function because autograd would allocate a gradient of the whole row for every block.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, plans, scale):
+        out = torch.zeros_like(query)
+        logsumexps = []
+        for row, plan in enumerate(plans):
+            for block in plan.blocks:
+                q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
+                k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+                part, logsumexp = _flash(q, k, v, 0.0, block.causal, attn_mask=plan.mask(block), scale=scale)
+                out[block.start : block.end, row] = part[0].transpose(0, 1)
+                logsumexps.append(logsumexp)
+        ctx.save_for_backward(query, key, value, out, *logsumexps)
+        ctx.plans, ctx.scale = plans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, out, *logsumexps = ctx.saved_tensors
+        grad_query = torch.zeros_like(query)
+        # Several blocks add to a key's gradient: in float32, so that bf16 does not round in between.
+        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        position = 0
+        for row, plan in enumerate(ctx.plans):
+            for block in plan.blocks:
+                q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
+                heads, kv_heads = q.shape[1], k.shape[1]
+                dq, dk, dv = _flash_backward(
+                    gradient[block.start : block.end, row].transpose(0, 1)[None],
+                    q,
+                    _repeat(k, heads),
+                    _repeat(v, heads),
+                    out[block.start : block.end, row].transpose(0, 1)[None],
+                    logsumexps[position],
+                    0.0,
+                    block.causal,
+                    attn_mask=plan.mask(block),
+                    scale=ctx.scale,
+                )
+                position += 1
+                grad_query[block.start : block.end, row] = dq[0].transpose(0, 1)
+                for whole, part in ((grad_key, dk), (grad_value, dv)):
+                    whole[block.keys : block.keys_end, row] += _sum_copies(part, kv_heads)[0].transpose(0, 1)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+
+
+def _slices(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row: int,
+    start: int,
+    end: int,
+    keys: int,
+    keys_end: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A block's query, key and value as (1, heads, tokens, d) views."""
+    return (
+        query[start:end, row].transpose(0, 1)[None],
+        key[keys:keys_end, row].transpose(0, 1)[None],
+        value[keys:keys_end, row].transpose(0, 1)[None],
+    )
+
+
+def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(1, k, n, d) -> (1, heads, n, d), each head heads/k times in a row."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _sum_copies(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(1, heads, n, d) -> (1, k, n, d): the gradient of _repeat."""
+    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)

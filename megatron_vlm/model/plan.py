@@ -1,0 +1,134 @@
+"""How one packed row is cut into attention calls, so that no call covers two examples and no mask is S x S.
+
+A block is a run of queries against a run of keys of the same example. Plans are derived from the row's marks (mask.py)
+and kept for the other layers, for backward and for recompute.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vlm.batch import PAD
+from megatron_vlm.model.mask import Mark, Places, places, visible
+
+#: Queries in a block that needs a mask. A mask holds QUERIES x keys numbers.
+QUERIES = 256
+#: Numbers of masks that a plan keeps per token of its row; masks beyond are made anew at each use.
+KEPT_PER_TOKEN = 1024
+#: Rows whose plans are kept: the layers of a few micro-batches in flight.
+ROWS = 16
+#: Added to the score of a key that may not be seen. Finite, so that a run of unseen keys gives no NaN in a kernel that
+#: works through keys run by run; its exponential is exactly 0 beside any score that is seen.
+UNSEEN = -1e30
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [start, end) against keys [keys, keys_end) of a row."""
+
+    start: int
+    end: int
+    keys: int
+    keys_end: int
+    causal: bool
+    """Each query sees the keys up to its own place, and nothing else has to be masked."""
+    masked: bool
+    """A mask is needed."""
+    kept: torch.Tensor | None
+    """The mask, if it is kept."""
+
+
+class Plan:
+    """The blocks of one row. Tokens outside every block are padding."""
+
+    def __init__(self, row: torch.Tensor):
+        """`row`: (5, s) int64, the row's marks. Raises ValueError where an example is not contiguous."""
+        self.row = row
+        self._places = places(row)
+        self._budget = KEPT_PER_TOKEN * row.shape[1]
+        self.blocks: list[Block] = []
+        for start, end in _runs(row[Mark.EXAMPLE]):
+            self._cut(start, end)
+
+    def mask(self, block: Block) -> torch.Tensor | None:
+        """Numbers to add to the scores, float32 (queries, keys); None where nothing is masked (or all is causal)."""
+        if not block.masked:
+            return None
+        if block.kept is not None:
+            return block.kept
+        return _additive(self._sees(block.start, block.end, block.keys, block.keys_end))
+
+    def _cut(self, start: int, end: int) -> None:
+        """Add the blocks of the example at [start, end)."""
+        branch, vision = self.row[Mark.BRANCH, start:end], self.row[Mark.VISION, start:end].bool()
+        images = vision.nonzero().flatten()
+        # At most the prefix and one branch, and no image block to look ahead in: plain causal.
+        if len(images) <= 1 and bool((branch[1:] <= branch[:-1]).all()):
+            self.blocks.append(Block(start, end, start, end, causal=True, masked=False, kept=None))
+            return
+        last_image = start + int(images[-1]) + 1 if len(images) else start
+        for at in range(start, end, QUERIES):
+            stop = min(at + QUERIES, end)
+            looks_ahead = bool(vision[at - start : stop - start].any())
+            self._add(at, stop, start, max(stop, last_image) if looks_ahead else stop)
+
+    def _add(self, at: int, stop: int, keys: int, keys_end: int) -> None:
+        sees = self._sees(at, stop, keys, keys_end)
+        masked = not bool(sees.all())
+        kept = None
+        if masked and sees.numel() <= self._budget:
+            self._budget -= sees.numel()
+            kept = _additive(sees)
+        self.blocks.append(Block(at, stop, keys, keys_end, causal=False, masked=masked, kept=kept))
+
+    def _sees(self, at: int, stop: int, keys: int, keys_end: int) -> torch.Tensor:
+        query = Places(*(x[at:stop, None] for x in self._places))
+        key = Places(*(x[None, keys:keys_end] for x in self._places))
+        return visible(query, key)
+
+
+class Plans:
+    """Plans of the rows seen last, by row number.
+
+    Found by number, then compared with the marks: rows of an evaluation may carry the numbers of training rows.
+    """
+
+    def __init__(self, rows: int = ROWS):
+        self._rows = rows
+        self._kept: OrderedDict[int, Plan] = OrderedDict()
+
+    def of(self, row: torch.Tensor) -> Plan:
+        """The plan of a row from its marks (5, s)."""
+        number = int(row[Mark.ROW, 0])
+        plan = self._kept.get(number)
+        if plan is None or plan.row.device != row.device or not torch.equal(plan.row, row):
+            plan = self._kept[number] = Plan(row.clone())
+        self._kept.move_to_end(number)
+        while len(self._kept) > self._rows:
+            self._kept.popitem(last=False)
+        return plan
+
+
+def _additive(sees: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(sees.shape, dtype=torch.float32, device=sees.device).masked_fill_(~sees, UNSEEN)
+
+
+def _runs(examples: torch.Tensor) -> list[tuple[int, int]]:
+    """Where each example begins and ends; padding left out."""
+    values, counts = torch.unique_consecutive(examples, return_counts=True)
+    found: list[tuple[int, int]] = []
+    seen: set[int] = set()
+    at = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if value != PAD:
+            if value in seen:
+                raise ValueError(
+                    f"example {value} of a row stands in two places; the tokens of an example must be one run."
+                )
+            seen.add(value)
+            found.append((at, at + count))
+        at += count
+    return found

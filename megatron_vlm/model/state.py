@@ -1,0 +1,80 @@
+"""Names of parameters in checkpoints, and initial weights that do not depend on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+
+from megatron_vlm.model.language import Language
+
+#: Spread of initial weights.
+INIT_STD = 0.02
+
+
+def metadata(given: dict | None) -> dict:
+    """Megatron's checkpoint metadata, with a key for each layer (`layers.7.…`) and not one tensor for all layers."""
+    return {**ensure_metadata_has_dp_cp_group(given), "non_homogeneous_layers": True}
+
+
+def tidy(state: ShardedStateDict, prefix: str, language: Language, metadata: dict) -> ShardedStateDict:
+    """Drop the empty extra states of linear layers; a tied head stands under the name of the embedding."""
+    state = {
+        key: value
+        for key, value in state.items()
+        if not (isinstance(value, ShardedObject) and key.endswith("_extra_state") and value.data is None)
+    }
+    if language.tied_head is not None:
+        key = f"{prefix}language.tied_head.weight"
+        group = metadata["dp_cp_group"]
+        state[key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=language.tied_head.weight,
+            key=f"{prefix}language.embedding.word_embeddings.weight",
+            # 1: the copy; the first stage's is number 0 and gets saved.
+            replica_id=(1, 0, group.rank()),
+            allow_shape_mismatch=True,
+            tp_group=language.tp_group,
+            dp_cp_group=group,
+        )
+    return state
+
+
+def shards(models: Iterable[MegatronModule]) -> Iterator[ShardedTensor]:
+    """This rank's part of every parameter; `data` is a view of the parameter itself."""
+    for model in models:
+        for value in model.sharded_state_dict().values():
+            if isinstance(value, ShardedTensorFactory):
+                yield from value.build()
+            elif isinstance(value, ShardedTensor):
+                yield value
+
+
+@torch.no_grad()
+def initialize(models: Iterable[MegatronModule], seed: int) -> None:
+    """Random weights: matrices and embeddings normal(0, 0.02), biases 0, norms as built (1).
+
+    Each parameter is drawn whole from a generator keyed by (seed, checkpoint name), and the rank keeps its part: the
+    same model for every layout. Costs the memory of the largest parameter in float32.
+    """
+    for shard in shards(models):
+        if shard.data.is_meta:
+            continue
+        name = shard.key.rsplit(".", 1)[-1]
+        if name == "bias":
+            shard.data.zero_()
+        elif shard.data.dim() > 1 or name == "class_token":
+            digest = hashlib.blake2b(f"{seed}/{shard.key}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+            whole = torch.randn(shard.global_shape, generator=generator) * INIT_STD
+            ends = zip(shard.global_offset, shard.local_shape, strict=True)
+            shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ends)])
