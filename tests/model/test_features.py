@@ -1,4 +1,4 @@
-"""Crops dealt to ranks: the same features and gradients as in one process, whatever the deal; only what must, travels."""
+"""Crops dealt to ranks: features and gradients of one process, whatever the deal; only patches that must, travel."""
 
 from __future__ import annotations
 
@@ -189,8 +189,9 @@ def loss_of(features: torch.Tensor, case: Case, tensor, context) -> torch.Tensor
     row = row.index_add(0, places, features[:, None])
     row, weights = chunk(row, 0, context), chunk(weights, 0, context)
     config = TransformerConfig(
-        num_layers=1, hidden_size=HIDDEN, num_attention_heads=12, kv_channels=8, ffn_hidden_size=48, add_bias_linear=False,
-        tensor_model_parallel_size=tensor.size(), sequence_parallel=case.sequence, **cpu.TRANSFORMER_SETTINGS,
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=12, kv_channels=8, ffn_hidden_size=48,
+        add_bias_linear=False, tensor_model_parallel_size=tensor.size(), sequence_parallel=case.sequence,
+        **cpu.TRANSFORMER_SETTINGS,
     )  # fmt: skip
     torch.manual_seed(9)
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -226,7 +227,8 @@ def distributed(case: Case) -> dict[str, float]:
     model = build(case)
     config = TransformerConfig(
         num_layers=1, hidden_size=HIDDEN, num_attention_heads=12, kv_channels=8,
-        tensor_model_parallel_size=layout.tensor, context_parallel_size=layout.context, sequence_parallel=case.sequence, calculate_per_token_loss=True,
+        tensor_model_parallel_size=layout.tensor, context_parallel_size=layout.context,
+        sequence_parallel=case.sequence, calculate_per_token_loss=True,
         **cpu.TRANSFORMER_SETTINGS,
     )  # fmt: skip
     ddp = DistributedDataParallel(config, DistributedDataParallelConfig(overlap_grad_reduce=case.overlap), model)
