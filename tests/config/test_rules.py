@@ -125,6 +125,11 @@ def test_every_recipe_starts_where_the_stage_before_it_ends(path):
         assert config.init.checkpoint == f"runs/{size}-stage{stage - 1}/checkpoints"
 
 
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_names_a_mixture_that_is_there(path):
+    assert (RECIPES / "mixtures" / f"{load.load(path).data.mixture}.yaml").is_file()
+
+
 def test_all_sizes_have_all_stages():
     assert [f"{path.parent.name}/{path.stem}" for path in RECIPE_FILES] == [
         f"{size}/stage{stage}" for size in ("molmo2_4b", "molmo2_8b", "qwen3_0.6b", "tiny") for stage in (1, 2, 3)
