@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -15,6 +16,12 @@ from megatron_vlm.parallel import cpu
 TIMEOUT_S = 1800.0
 #: How long a rank waits to hear whether rank 0 failed in the same way.
 _LISTEN_S = 3.0
+#: Warnings that Megatron-core 0.16 and torch give each other about code which is not ours to change.
+_NOT_FOR_USERS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.distributed\.(reduce_scatter|all_gather)\w*` is deprecated", FutureWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    (r"full scope is deprecated", UserWarning),
+)
 
 
 def start(run: RunConfig) -> str:
@@ -26,6 +33,8 @@ def start(run: RunConfig) -> str:
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but torch finds no CUDA device here. Set run.device=cpu or auto.")
+    for text, category in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", text, category)
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         cpu.enable("cpu")
