@@ -134,7 +134,7 @@ def _common_settings(config: Config) -> dict[str, Any]:
         "calculate_per_token_loss": True,
         **(cpu.TRANSFORMER_SETTINGS if cpu.enabled() else {}),
     }
-    recompute = {
+    recompute: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},

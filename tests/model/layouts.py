@@ -1,0 +1,120 @@
+"""One training step's loss and gradients through Megatron's schedules, DDP and reductions, for any layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.parallel.layout import Layout
+from tests.model import tiny
+
+#: Rows of the global batch, one per micro-batch.
+ROWS = 4
+
+
+def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | None = None) -> dict[str, Any]:
+    """Runs on every rank. `options`: further settings, see tiny.config.
+
+    Returns the sum of this rank's weighted losses and the parts of the gradients that this rank answers for:
+    (checkpoint name, whole shape, offset, values), of components that train; and the initial weights likewise.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_vlm.model.build import build
+    from megatron_vlm.parallel import context, groups
+
+    groups.initialize(layout, seed=0, timeout_s=50)
+    options = options or {}
+    models = build(tiny.config(arch, parallel=parallel, **options), layout)
+    weights = parts(models)
+    at = layout.coordinates(dist.get_rank())
+    rows = list(range(at.data, ROWS, layout.data))
+    batches = [tiny.batch(arch, [number], layout.crop_rank(dist.get_rank()), layout.crop_ranks) for number in rows]
+    wrapped = [
+        DistributedDataParallel(models[0].config, DistributedDataParallelConfig(), model, disable_bucketing=index > 0)
+        for index, model in enumerate(models)
+    ]
+    models[0].config.finalize_model_grads_func = lambda models, *_, **__: finalize_model_grads(models, None)
+    total = torch.zeros(())
+
+    def forward_step(iterator, model):
+        batch = next(iterator)
+        output = model(batch)
+
+        def loss(output):
+            weighted = (output * context.chunk(batch.loss_weights, 1, groups.context())).sum()
+            total.add_(weighted.detach())
+            return weighted, torch.tensor(0, dtype=torch.int32), {}
+
+        return output, loss
+
+    iterators = [iter(batches) for _ in models]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=wrapped if len(models) > 1 else wrapped[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    # All tensor-parallel ranks of the last stage have the same loss: one of them speaks.
+    speaks = parallel_state.is_pipeline_last_stage(ignore_virtual=True) and at.tensor == 0
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
+    return {"loss": total.item() if speaks else 0.0, "gradients": parts(models), "weights": weights}
+
+
+def parts(models: list) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
+    """This rank's parts of all parameters, replicas included, as the checkpoint names them."""
+    from megatron_vlm.model.state import shards
+
+    return [
+        (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.detach().clone())
+        for shard in shards(models)
+    ]
+
+
+def assemble(ranks: list[dict[str, Any]], what: str) -> dict[str, torch.Tensor]:
+    """Whole tensors by name from the parts of all ranks. Replicas must be equal."""
+    whole: dict[str, torch.Tensor] = {}
+    for found in ranks:
+        for key, shape, start, values in found[what]:
+            target = whole.setdefault(key, torch.full(shape, torch.nan))
+            place = target[tuple(slice(a, a + n) for a, n in zip(start, values.shape, strict=True))]
+            if not place.isnan().any():
+                assert torch.equal(place, values), f"replicas of {key} differ by {(place - values).abs().max()}"
+            place.copy_(values)
+    assert not any(values.isnan().any() for values in whole.values())
+    return whole
+
+
+def by_module(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of each module (weight and bias together), flattened."""
+    modules: dict[str, list[torch.Tensor]] = {}
+    for name in sorted(gradients):
+        modules.setdefault(name.rsplit(".", 1)[0], []).append(gradients[name].flatten())
+    return {name: torch.cat(parts) for name, parts in modules.items()}
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest relative difference of a module's gradient, ||g - g'|| / ||g'||, and the module."""
+    found, expected = by_module(found), by_module(expected)
+    assert found.keys() == expected.keys()
+    # The floor: gradients that are zero but for rounding, such as those of key biases.
+    floor = 1e-6 * max(values.norm().item() for values in expected.values())
+    return max(
+        ((found[name] - values).norm().item() / max(values.norm().item(), floor), name)
+        for name, values in expected.items()
+    )

@@ -1,0 +1,65 @@
+"""The layout does not change the result: loss and per-module gradients of one step, against one process."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from megatron_vlm.parallel.layout import Layout
+from tests.model import layouts, tiny
+
+FROZEN_VISION = {"freeze": ("vision", "base_embeddings")}
+DROPOUT = {"residual_dropout": 0.2, "response_dropout": 0.5}
+CASES = {
+    "tp2": (tiny.ARCH, {"tensor": 2}, {}, 2),
+    "tp2_sp": (tiny.ARCH, {"tensor": 2, "sequence": True}, {}, 2),
+    "tp2_sp_tied": (tiny.TIED, {"tensor": 2, "sequence": True}, {}, 2),
+    "tp2_sp_frozen_vision": (tiny.ARCH, {"tensor": 2, "sequence": True}, FROZEN_VISION, 2),
+    "tp2_sp_qwen2_5": (tiny.QWEN2_5, {"tensor": 2, "sequence": True}, {}, 2),
+    "tp2_sp_full_recompute_dropout": (
+        tiny.TIED,
+        {"tensor": 2, "sequence": True},
+        {"recompute": "full", **FROZEN_VISION, **DROPOUT},
+        2,
+    ),
+    "dp2": (tiny.ARCH, {}, {}, 2),
+    "dp2_frozen_vision": (tiny.ARCH, {}, FROZEN_VISION, 2),
+    "cp2": (tiny.ARCH, {"context": 2}, {}, 2),
+    "cp2_dropout": (tiny.ARCH, {"context": 2}, DROPOUT, 2),
+    "pp2": (tiny.ARCH, {"pipeline": 2}, {}, 2),
+    "pp2_tied_uneven": (tiny.TIED, {"pipeline": 2, "pipeline_layers": (1, 3)}, {}, 2),
+    "pp2_tied_frozen": (tiny.TIED, {"pipeline": 2}, FROZEN_VISION, 2),
+    "pp2_vpp2_dropout": (tiny.TIED, {"pipeline": 2, "virtual_pipeline": 2}, DROPOUT, 2),
+    "tp2_cp2_sp_selective": (
+        tiny.TIED,
+        {"tensor": 2, "context": 2, "sequence": True},
+        {"recompute": "selective", **DROPOUT},
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_step_equals_one_process(pool, case):
+    arch, parallel, options, world = CASES[case]
+    layout = Layout(world, *(parallel.get(name, 1) for name in ("tensor", "context", "pipeline", "virtual_pipeline")))
+    ranks = pool(world).run(layouts.step, arch, layout, parallel, options)
+    # The reference neither recomputes nor shards.
+    alone = reference(pool, arch, tuple(sorted((k, v) for k, v in options.items() if k != "recompute")))
+    weights = layouts.assemble(ranks, "weights")
+    expected = layouts.assemble([alone], "weights")
+    assert weights.keys() == expected.keys()
+    assert all((weights[name] == expected[name]).all() for name in weights)
+    loss = sum(rank["loss"] for rank in ranks)
+    assert loss == pytest.approx(alone["loss"], rel=1e-5)
+    found, expected = (layouts.assemble(x, "gradients") for x in (ranks, [alone]))
+    difference, module = layouts.worst(found, expected)
+    print(f"{case}: loss {abs(loss / alone['loss'] - 1):.1e}, gradients {difference:.1e} ({module})")
+    assert difference < 1e-5, module
+
+
+@cache
+def reference(pool, arch, options):
+    (alone,) = pool(1).run(layouts.step, arch, Layout(1), {}, dict(options))
+    return alone
