@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterator
 # Before anything imports torch: the machine's cores are shared by the processes of the pools.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from tests.pool import Pool  # noqa: E402
+
+# A machine that does other work at the same time is slow now and then: that is no failure.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
