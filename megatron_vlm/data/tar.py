@@ -84,6 +84,11 @@ def index_tar(path: Path) -> list[Member]:
                     raise ValueError(f"member {info.name!r} stands in it twice.")
                 seen.add(name)
                 members.append(member)
+        # tarfile takes half a header for the end of the tar; two blocks of zeros are the real one.
+        end = members[-1].offset + members[-1].size if members else 0
+        end += -end % tarfile.BLOCKSIZE
+        if size < end + 2 * tarfile.BLOCKSIZE:
+            raise ValueError(f"it stops at byte {size} without an end mark: the shard is cut. Copy it again.")
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is not a whole tar ({error}). Copy it again or build the shards anew.") from error
     except ValueError as error:
