@@ -74,7 +74,7 @@ def load(
     if optimizer is None:
         stored = {name: shape for name, shape in stored.items() if not name.startswith(sharded.OPTIMIZER)}
     _check_tensors(record.path, {name: shape for each in everywhere for name, shape in each.items()}, stored)
-    with unpickle.only_weights():
+    with unpickle.only_weights(), sharded.quiet():
         loaded = dist_checkpointing.load(contents, str(record.path))
     for index, model in enumerate(models):
         sharded.unwrap(model).load_state_dict(loaded[f"model{index}"], strict=True)
@@ -94,8 +94,8 @@ def check_architecture(record: Record, config: Config) -> None:
     ]
     if different:
         raise ValueError(
-            f"checkpoint {record.path} holds another model: {'; '.join(different)}. Set model.preset and model.connector as "
-            f"in the run that wrote it (model.preset was {record.config.get('model', {}).get('preset')!r})."
+            f"checkpoint {record.path} holds another model: {'; '.join(different)}. Set model.preset and "
+            f"model.connector as in the run that wrote it (preset {record.config.get('model', {}).get('preset')!r})."
         )
 
 
@@ -112,15 +112,15 @@ def _check_tensors(path: Path, needed: dict[str, tuple[int, ...]], stored: dict[
     if reshaped:
         first = reshaped[0]
         faults.append(
-            f"{len(reshaped)} have other shapes (first: {first}, {stored[first]} there, {needed[first]} here)"
+            f"{len(reshaped)} tensors have other shapes (first: {first}, {stored[first]} there, {needed[first]} here)"
         )
     if not faults:
         return
     advice = "Set the model up as in the run that wrote it."
     if all(name.startswith(sharded.OPTIMIZER) for name in missing + unused + reshaped):
         advice = (
-            "The optimizer's state does not fit: resume with the same model.freeze, or start a new run from these weights "
-            "with init.checkpoint."
+            "The optimizer's state does not fit: resume with the same model.freeze, or start a new run from these "
+            "weights with init.checkpoint."
         )
     raise ValueError(f"checkpoint {path} does not fit: {'; '.join(faults)}. {advice}")
 

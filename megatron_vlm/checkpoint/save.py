@@ -61,13 +61,13 @@ def save(
     config: Config,
     state: dict[str, Any],
 ) -> Path:
-    """Write `directory`/iter_<step> and make it the latest; gives its path. Every rank calls it with the same arguments.
+    """Write `directory`/iter_<step>, make it the latest, give its path. Every rank calls it with the same arguments.
 
     models:    one per virtual pipeline stage, in data-parallel wrappers or not.
     optimizer: Megatron's optimizer; None = weights only.
     state:     what else a resume needs, the same on all ranks, as JSON can hold it (ValueError otherwise).
-    Writes under another name, reads every byte back, then renames; removes all but `config.checkpoint.keep` checkpoints.
-    An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
+    Writes under another name, reads every byte back, then renames; removes all but `config.checkpoint.keep`
+    checkpoints. An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
     """
     directory = Path(directory)
     rank = dist.get_rank()
@@ -78,7 +78,8 @@ def save(
                 names.begin(directory, step)
         writing = names.writing_path(directory, step)
         contents = sharded.build(models, optimizer, is_loading=False)
-        dist_checkpointing.save(contents, str(writing), Synchronous())
+        with sharded.quiet():
+            dist_checkpointing.save(contents, str(writing), Synchronous())
         with together("writing the checkpoint"):
             if rank == 0:
                 for name, text in documents.items():

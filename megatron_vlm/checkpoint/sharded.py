@@ -1,12 +1,14 @@
 """The sharded state of model chunks and optimizer: what saving writes and loading fills, for any parallel layout.
 
-Tensors carry their place in the whole model, so a checkpoint knows no layout. The optimizer's moments and float32 copies are
-stored in the shape of the parameters (Megatron's `fully_reshardable`).
+Tensors carry their place in the whole model, so a checkpoint knows no layout. The optimizer's moments and float32
+copies are stored in the shape of the parameters (Megatron's `fully_reshardable`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ from megatron_vlm.parallel import groups
 
 #: Keys of optimizer tensors in a checkpoint begin so.
 OPTIMIZER = "optimizer."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Megatron 0.16.1 saves and loads by functions that torch will rename; nobody who trains can act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def unwrap(model: Any) -> torch.nn.Module:
@@ -56,8 +66,11 @@ def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> 
 
 
 def trains(optimizer: Any) -> bool:
-    """Whether any parameter of this rank's stage trains."""
-    return not getattr(optimizer, "is_stub_optimizer", False)
+    """Whether any parameter of this rank's stage trains, the same on all its data-parallel ranks."""
+    if getattr(optimizer, "is_stub_optimizer", False):
+        return False
+    # Groups exist, empty, also on a stage that trains nothing; gradient buffers do not.
+    return any(each.buffers for each in getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def tensors(state: Any) -> Iterator[ShardedTensor]:
@@ -76,8 +89,8 @@ def fill_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
     for each, part in zip(chained, parts, strict=True):
         parameters = part.pop("param_state")
         each.load_state_dict(part)
-        # torch's Adam keeps the step beside each parameter's moments. Megatron 0.16.1 gives all of them one tensor, which
-        # the next step would advance once per parameter, and its loader of moments does not expect it there.
+        # torch's Adam keeps the step beside each parameter's moments. Megatron 0.16.1 gives all of them one tensor,
+        # which the next step would advance once per parameter, and its loader of moments does not expect it there.
         steps = [moments.pop("step", None) for moments in each.optimizer.state.values()]
         each.load_parameter_state_from_fully_reshardable(parameters)
         for moments, step in zip(each.optimizer.state.values(), steps, strict=True):
@@ -98,7 +111,7 @@ def _begin_moments(optimizer: Any) -> None:
 
 
 def _share_common(state: dict[str, Any], key: str) -> None:
-    """Rank 0 writes what is not sharded; where its stage trains nothing, it takes the settings of the first that does."""
+    """Rank 0 writes what is not sharded; if its stage trains nothing, it takes that of the first rank that trains."""
     flags: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(flags, key in state)
     if flags[0] or not any(flags):

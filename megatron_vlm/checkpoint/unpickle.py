@@ -1,8 +1,8 @@
 """Pickles in a checkpoint from a stranger: an allow-list, and weights_only for everything that torch loads.
 
-A torch_dist checkpoint holds pickles in three places: `.metadata`, which torch reads with plain pickle; `common.pt`; and
-objects inside the data files, which torch loads with weights_only=False. The first passes the allow-list below before torch
-sees it; for the other two `only_weights` forces weights_only=True whatever the caller asked for.
+A torch_dist checkpoint holds pickles in three places: `.metadata`, which torch reads with plain pickle; `common.pt`;
+and objects inside the data files, which torch loads with weights_only=False. The first passes the allow-list below
+before torch sees it; for the other two `only_weights` forces weights_only=True whatever the caller asked for.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ ALLOWED = frozenset(
         ("torch.distributed.checkpoint.planner", "TensorWriteData"),
         ("torch.distributed.checkpoint.planner", "WriteItem"),
         ("torch.distributed.checkpoint.planner", "WriteItemType"),
-        *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex")),
-        *(
-            (_METADATA, name)
-            for name in ("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")
-        ),
+        (_METADATA, "BytesStorageMetadata"),
+        (_METADATA, "ChunkStorageMetadata"),
+        (_METADATA, "Metadata"),
+        (_METADATA, "MetadataIndex"),
+        (_METADATA, "StorageMeta"),
+        (_METADATA, "TensorProperties"),
+        (_METADATA, "TensorStorageMetadata"),
+        (_METADATA, "_MEM_FORMAT_ENCODING"),
         *(("torch", name) for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")),
         *(("torch", name) for name in ("int64", "int32", "int16", "int8", "uint8", "bool")),
     ]
@@ -50,8 +53,8 @@ class _AllowList(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise ValueError(
-                f"{self._path} asks for {module}.{name}, which the metadata of a checkpoint never needs; loading it could "
-                "run code of whoever made the file. Do not use this checkpoint."
+                f"{self._path} asks for {module}.{name}, which the metadata of a checkpoint never needs; loading it "
+                "could run code of whoever made the file. Do not use this checkpoint."
             )
         return super().find_class(module, name)
 

@@ -85,8 +85,8 @@ def verify(directory: str | Path, *, part: int = 0, parts: int = 1) -> None:
     for name in list(entries)[part::parts]:
         if digest(directory / name)["sha256"] != entries[name]["sha256"]:
             raise ValueError(
-                f"checkpoint {directory} is damaged: the contents of {name} are not what was written (SHA-256 differs). "
-                "Use another checkpoint."
+                f"checkpoint {directory} is damaged: the contents of {name} are not what was written (SHA-256 "
+                "differs). Use another checkpoint."
             )
 
 

@@ -22,7 +22,10 @@ def config(**settings: Any) -> Config:
 
 
 def build(layout: Layout, *, width: int = 16, seed: int = 0, frozen: tuple[str, ...] = ()) -> tuple[list[Any], Any]:
-    """(models in data-parallel wrappers, optimizer) of this rank, random weights."""
+    """(models in data-parallel wrappers, optimizer) of this rank, random weights.
+
+    `frozen`: parameters with one of these in their names do not train.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -88,11 +91,11 @@ def step(models: list[Any], optimizer: Any, number: int, layout: Layout) -> floa
     def forward(batches: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         tokens = next(batches)
         output = chunk(tokens, torch.zeros_like(tokens), None, labels=tokens.roll(-1, 1))
-        return output, lambda losses: (
-            losses.sum() / rows.numel(),
-            torch.zeros((), dtype=torch.int),
-            {"sum": losses.sum().detach()},
-        )
+        return output, report
+
+    def report(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total = losses.sum()
+        return total / rows.numel(), torch.zeros((), dtype=torch.int), {"sum": total.detach()}
 
     results = get_forward_backward_func()(
         forward_step_func=forward,
