@@ -128,6 +128,15 @@ def test_empty_slots_and_other_patches_do_not_matter(kind):
     assert (ours(patches, WINDOWS) - apart).norm() < 1e-6 * apart.norm()
 
 
+def test_many_windows_are_attended_to_in_parts(monkeypatch):
+    from megatron_vlm.model import pooling
+
+    ours, patches = connector(architecture("attention_pooling")), features(18)
+    whole = ours(patches, WINDOWS)
+    monkeypatch.setattr(pooling, "MOST_WINDOWS", 2)
+    torch.testing.assert_close(ours(patches, WINDOWS), whole, atol=1e-6, rtol=1e-5)
+
+
 def test_resampler_reads_every_patch_of_its_crop_and_no_other():
     ours, patches = connector(architecture("resampler")), features(18).requires_grad_()
     randomize(ours)
