@@ -115,7 +115,7 @@ def _write(directory: Path, downloads: Path, counts: Counts, say: Callable[[str]
     texts = [template for templates in prompts.TEMPLATES.values() for template in templates]
     with writer.ShardWriter(directory) as shards:
         for dataset, split, sample in chain(
-            datasets.easy_vqa(files, shards.add_image),
+            datasets.easy_vqa(files, shards.add_image, counts),
             datasets.photographs(files, shards.add_image),
             datasets.composed(files, shards.add_image, counts),
             datasets.dialogues(counts),

@@ -27,6 +27,8 @@ EASY_VQA_VALIDATION = 200
 class Counts:
     """How much is made."""
 
+    easy_vqa_images: int = 4000
+    """At most so many images of each published split."""
     train_scenes: int = 3000
     validation_scenes: int = 200
     test_scenes: int = 400
@@ -35,14 +37,14 @@ class Counts:
     held_out_dialogues: int = 100
 
 
-def easy_vqa(files: Mapping[str, bytes], add_image: AddImage) -> Iterator[Item]:
+def easy_vqa(files: Mapping[str, bytes], add_image: AddImage, counts: Counts) -> Iterator[Item]:
     """The published questions, those of one image as branches of one sample. Answers as published, lower case."""
     for published in ("train", "test"):
         asked: dict[int, list[tuple[str, str]]] = {}
         for question, answer, image in json.loads(files[f"easy_vqa/data/{published}/questions.json"]):
             asked.setdefault(image, []).append((question, answer))
         first_validation = len(asked) - EASY_VQA_VALIDATION
-        for image, pairs in sorted(asked.items()):
+        for image, pairs in sorted(asked.items())[: counts.easy_vqa_images]:
             split = "validation" if published == "train" and image >= first_validation else published
             media = add_image(files[f"easy_vqa/data/{published}/images/{image}.png"])
             branches = tuple(Branch("easy_vqa", (Turn(question, answer),)) for question, answer in pairs)

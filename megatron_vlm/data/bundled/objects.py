@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 Polygon = tuple[tuple[float, float], ...]
 
@@ -130,17 +130,24 @@ def picture(kind: str, color: str, diameter: int) -> Image.Image:
 
 @cache
 def anchor(kind: str, diameter: int) -> tuple[int, int]:
-    """x, y inside the object's square: the covered pixel nearest to the centre of gravity of all covered pixels."""
-    alpha = picture(kind, next(iter(COLORS)), diameter).getchannel("A")
-    return mask_anchor(alpha)
+    """x, y inside the object's square: a pixel on the object, see `mask_anchor`."""
+    return mask_anchor(picture(kind, next(iter(COLORS)), diameter).getchannel("A"))
 
 
 def mask_anchor(alpha: Image.Image) -> tuple[int, int]:
-    """The opaque pixel nearest to the centre of gravity of an alpha channel's opaque pixels."""
-    opaque = alpha.tobytes()
-    covered = [(i % alpha.width, i // alpha.width) for i, value in enumerate(opaque) if value >= 128]
+    """The opaque pixel nearest to the centre of gravity, two pixels from the edge where the object is thick enough.
+
+    A crescent's centre of gravity lies in its hollow: pointing there would be wrong.
+    """
+    opaque = alpha.point([0] * 128 + [255] * 128)
+    covered = _pixels(opaque)
     if not covered:
         raise ValueError("an object without one opaque pixel cannot be pointed at.")
     x = sum(place[0] for place in covered) / len(covered)
     y = sum(place[1] for place in covered) / len(covered)
-    return min(covered, key=lambda place: ((place[0] - x) ** 2 + (place[1] - y) ** 2, place))
+    inside = next(pixels for size in (5, 3, 1) if (pixels := _pixels(opaque.filter(ImageFilter.MinFilter(size)))))
+    return min(inside, key=lambda place: ((place[0] - x) ** 2 + (place[1] - y) ** 2, place))
+
+
+def _pixels(mask: Image.Image) -> list[tuple[int, int]]:
+    return [(i % mask.width, i // mask.width) for i, value in enumerate(mask.tobytes()) if value]

@@ -75,7 +75,7 @@ def new_kind_labels(scene: Scene) -> list[tuple[str, tuple[Placed, ...]]]:
 def places(style: str, asked: Iterable[tuple[str, tuple[Placed, ...]]]) -> tuple[Branch, ...]:
     """One branch per label, in `style` (pointing or point_count)."""
     return tuple(
-        Branch(style, (Turn(label, Points(label, tuple(Point(1, item.x / SIDE, item.y / SIDE) for item in items))),))
+        Branch(style, (Turn(label, Points(label, tuple(Point(1, *item.point) for item in items))),))
         for label, items in asked
     )
 

@@ -35,11 +35,16 @@ class Placed:
     color: str
     kind: str
     x: int
-    """A pixel on the object, the one nearest to its centre of gravity."""
+    """A pixel on the object, near its centre of gravity."""
     y: int
     left: int
     top: int
     diameter: int
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Middle of that pixel, as fractions of the scene's side."""
+        return (self.x + 0.5) / SIDE, (self.y + 0.5) / SIDE
 
     @property
     def center(self) -> tuple[float, float]:
@@ -57,9 +62,7 @@ class Scene:
 
     def info(self) -> dict[str, object]:
         """For evaluation: colour, kind, point and radius of every object, as fractions of the side."""
-        rows = [
-            [item.color, item.kind, item.x / SIDE, item.y / SIDE, item.diameter / 2 / SIDE] for item in self.objects
-        ]
+        rows = [[item.color, item.kind, *item.point, item.diameter / 2 / SIDE] for item in self.objects]
         return {"scene": self.key, "objects": rows}
 
 

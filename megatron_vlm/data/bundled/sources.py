@@ -185,11 +185,11 @@ def _wanted(source: Source, archive: Path) -> dict[str, bytes]:
             members = [item for item in package.infolist() if take(item.filename)]
             return {item.filename: package.read(item) for item in members if item.file_size <= LARGEST_FILE}
     files: dict[str, bytes] = {}
-    with tarfile.open(archive) as package:
-        for item in package:
+    with tarfile.open(archive) as sdist:
+        for item in sdist:
             path = item.name.partition("/")[2]  # an sdist puts everything into `name-version/`
             if item.isfile() and item.size <= LARGEST_FILE and take(path):
-                stream = package.extractfile(item)
+                stream = sdist.extractfile(item)
                 assert stream is not None
                 files[path] = stream.read()
     return files
