@@ -276,7 +276,7 @@ CASES = {
     "tp2, resampler": Case(TP2, even_counts(CROPS, 2), kind="resampler", sequence=True),
     "tp2, mlp": Case(TP2, even_counts(CROPS, 2), kind="mlp"),
     "cp2": Case(CP2, even_counts(CROPS, 2)),
-    "cp2, frozen tower, no crops": Case(CP2, (0, CROPS), frozen=("vision",), overlap=True),
+    "cp2, frozen tower, no crops": Case(CP2, (0, CROPS), frozen=("vision",), overlap=True, recompute=True),
     "cp2, resampler, no crops": Case(CP2, (CROPS, 0), kind="resampler", recompute=True),
     "tp3": Case(TP3, even_counts(CROPS, 3)),
     "tp3 sp, 0 2 9": Case(TP3, (0, 2, 9), sequence=True, overlap=True),
