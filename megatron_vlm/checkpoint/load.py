@@ -74,7 +74,8 @@ def load(
     if optimizer is None:
         stored = {name: shape for name, shape in stored.items() if not name.startswith(sharded.OPTIMIZER)}
     _check_tensors(record.path, {name: shape for each in everywhere for name, shape in each.items()}, stored)
-    with unpickle.only_weights(), sharded.quiet():
+    reading = sharded.plain_errors(f"reading checkpoint {record.path}", "Use another checkpoint.", ValueError)
+    with unpickle.only_weights(), reading:
         loaded = dist_checkpointing.load(contents, str(record.path))
     for index, model in enumerate(models):
         sharded.unwrap(model).load_state_dict(loaded[f"model{index}"], strict=True)

@@ -78,7 +78,7 @@ def save(
                 names.begin(directory, step)
         writing = names.writing_path(directory, step)
         contents = sharded.build(models, optimizer, is_loading=False)
-        with sharded.quiet():
+        with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
             dist_checkpointing.save(contents, str(writing), Synchronous())
         with together("writing the checkpoint"):
             if rank == 0:

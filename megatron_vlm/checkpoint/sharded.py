@@ -6,6 +6,7 @@ copies are stored in the shape of the parameters (Megatron's `fully_reshardable`
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -23,11 +25,27 @@ OPTIMIZER = "optimizer."
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Megatron 0.16.1 saves and loads by functions that torch will rename; nobody who trains can act on that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def plain_errors(what: str, advice: str, kind: type[Exception]) -> Iterator[None]:
+    """Around Megatron's save or load: what it raises becomes `kind` with the first rank's reason in a sentence.
+
+    torch wraps the errors of all ranks in an exception that `except Exception` does not catch.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Megatron 0.16.1 calls functions that torch will rename; nobody who trains can act on that.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except torch.distributed.checkpoint.CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise kind(f"{what} failed on rank {rank}: {_reason(reason)} {advice}") from error
+    except pickle.UnpicklingError as error:
+        raise kind(f"{what} failed: {_reason(error)} {advice}") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds an object that is more than tensors and plain values, and loading that could run code."
+    return f"{type(error).__name__}: {error}."
 
 
 def unwrap(model: Any) -> torch.nn.Module:
