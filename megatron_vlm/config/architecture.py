@@ -147,6 +147,9 @@ class Architecture:
     vision: VisionArchitecture
     connector: ConnectorArchitecture
     language: LanguageArchitecture
+    init_std: float = 0.02
+    """Spread of random initial weights. 0 = 1 / sqrt(inputs of the layer), which a narrow model needs: at a width of
+    100, 0.02 makes image features ten thousand times smaller than embeddings."""
 
     def token_id(self, name: str) -> int:
         """Id of one of NEW_TOKENS."""

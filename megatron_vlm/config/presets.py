@@ -82,6 +82,7 @@ PRESETS: dict[str, Architecture] = {
             width=TINY_VISION.width, heads=TINY_VISION.heads, mlp=TINY_LANGUAGE.mlp, queries=0, layers=0,
         ),
         TINY_LANGUAGE,
+        init_std=0.0,
     ),
     "qwen3_0.6b": _molmo2(QWEN3_0_6B),
     "qwen3_1.7b": _molmo2(QWEN3_1_7B),

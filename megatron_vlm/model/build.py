@@ -37,7 +37,7 @@ def build(config: Config, layout: Layout) -> list[VlmModel]:
         _stage(arch, config, layout, settings, language_config, sharded, virtual)
         for virtual in range(layout.virtual_pipeline)
     ]
-    state.initialize(stages, config.train.seed)
+    state.initialize(stages, config.train.seed, arch.init_std)
     for stage in stages:
         freeze(stage, config.model.freeze)
         if not cpu.enabled():

@@ -18,9 +18,6 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from megatron_vlm.model.language import Language
 
-#: Spread of initial weights.
-INIT_STD = 0.02
-
 
 def metadata(given: dict | None) -> dict:
     """Megatron's checkpoint metadata, with a key for each layer (`layers.7.…`) and not one tensor for all layers."""
@@ -60,8 +57,10 @@ def shards(models: Iterable[MegatronModule]) -> Iterator[ShardedTensor]:
 
 
 @torch.no_grad()
-def initialize(models: Iterable[MegatronModule], seed: int) -> None:
-    """Random weights: matrices and embeddings normal(0, 0.02), biases 0, norms as built (1).
+def initialize(models: Iterable[MegatronModule], seed: int, std: float) -> None:
+    """Random weights: matrices and embeddings normal(0, std), biases 0, norms as built (1).
+
+    std = 0 means 1 / sqrt(inputs), an embedding's inputs being its width.
 
     Each parameter is drawn whole from a generator keyed by (seed, checkpoint name), and the rank keeps its part: the
     same model for every layout. Costs the memory of the largest parameter in float32.
@@ -75,6 +74,6 @@ def initialize(models: Iterable[MegatronModule], seed: int) -> None:
         elif shard.data.dim() > 1 or name == "class_token":
             digest = hashlib.blake2b(f"{seed}/{shard.key}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-            whole = torch.randn(shard.global_shape, generator=generator) * INIT_STD
+            whole = torch.randn(shard.global_shape, generator=generator) * (std or shard.global_shape[-1] ** -0.5)
             ends = zip(shard.global_offset, shard.local_shape, strict=True)
             shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ends)])
