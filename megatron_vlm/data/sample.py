@@ -13,7 +13,8 @@ training data. Data sets, each with the splits train, validation and test:
     captions      composed scenes: drawn objects on faded pieces of the photographs (long_caption, short_caption)
     pointing      the same scenes (pointing); test asks for colour x kind pairs that no training scene shows
     counting      the same scenes and labels (point_count)
-    vqa           the same scenes (user_qa)
+    vqa           the same scenes: presence, colour, number, relation (user_qa)
+    positions     the same scenes: all objects with their places, what is at a place, where an object is (user_qa)
     pointing_new  test only: objects of kinds that no training scene shows, asked for by their colour
     text          conversations without a picture (text_sft), made from rules and small tables
 

@@ -84,7 +84,7 @@ def test_easy_vqa_is_the_published_set_with_its_blind_baseline(shards: Shards) -
 
 def test_held_out_objects_are_in_the_test_split_only(shards: Shards) -> None:
     for split in ("train", "validation"):
-        for dataset in ("captions", "pointing", "counting", "vqa"):
+        for dataset in ("captions", "pointing", "counting", "vqa", "positions"):
             for index in range(shards.count(dataset, split)):
                 pairs = {(color, kind) for color, kind, *_ in shards.example(dataset, split, index).info["objects"]}
                 assert not pairs & objects.HELD_OUT_PAIRS
@@ -92,7 +92,7 @@ def test_held_out_objects_are_in_the_test_split_only(shards: Shards) -> None:
     held_out = {f"{color} {objects.plural(kind)}" for color, kind in objects.HELD_OUT_PAIRS}
     said = " ".join(
         text
-        for dataset in ("captions", "pointing", "counting", "vqa")
+        for dataset in ("captions", "pointing", "counting", "vqa", "positions")
         for index in range(shards.count(dataset, "train"))
         for branch in shards.example(dataset, "train", index).branches
         for turn in branch.turns
@@ -119,10 +119,11 @@ def test_every_point_lies_on_an_object_of_its_colour(shards: Shards) -> None:
                 if color not in objects.COLORS:
                     continue
                 for _, x, y in turn.answer.points:
-                    row, column = int(y * scenes.SIDE), int(x * scenes.SIDE)
-                    # A pixel of a dark line inside the object has one of the object's colour within two pixels.
-                    near = pixels[row - 2 : row + 3, column - 2 : column + 3].reshape(-1, 3)
-                    assert np.abs(near - objects.COLORS[color]).max(1).min() <= 12, (example.key, turn)
+                    pixel = pixels[int(y * scenes.SIDE), int(x * scenes.SIDE)]
+                    # A fill, or a line inside the object: a darker shade of the same colour (gray on black).
+                    fill = np.array(objects.COLORS[color])
+                    shade = pixel @ fill / (fill @ fill)
+                    assert np.abs(pixel - shade * fill).max() <= 12 and shade > 0.35, (example.key, turn)
                     checked += 1
     assert checked > 200
 
@@ -148,6 +149,21 @@ def test_counts_labels_and_relations_follow_from_the_scene() -> None:
                 axis = 0 if word in ("left of", "right of") else 1
                 less = one.center[axis] < other.center[axis]
                 assert less == (word in ("left of", "above"))
+
+
+def test_positions_name_the_object_that_is_there() -> None:
+    for index in range(100):
+        scene = scenes.plan(f"train/{index}", EVERYWHERE, "train")
+        listed, *asked = questions.positions(scene)
+        places = {
+            (f"{round(1000 * item.point[0]):03d}", f"{round(1000 * item.point[1]):03d}"): (item.color, item.kind)
+            for item in scene.objects
+        }
+        found = re.findall(r"(\d{3,4}) (\d{3,4}) (\w+) (\w+)", str(listed.turns[0].answer))
+        assert {(x, y): (color, kind) for x, y, color, kind in found} == places
+        for branch in asked:
+            if there := re.search(r"What is at (\d+) (\d+)\?", branch.turns[0].prompt):
+                assert " ".join(places[there.groups()]) in str(branch.turns[0].answer)
 
 
 def test_objects_do_not_touch_and_lie_inside() -> None:

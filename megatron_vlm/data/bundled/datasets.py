@@ -71,7 +71,7 @@ def photographs(files: Mapping[str, bytes], add_image: AddImage) -> Iterator[Ite
 
 
 def composed(files: Mapping[str, bytes], add_image: AddImage, counts: Counts) -> Iterator[Item]:
-    """Scenes with their captions, places, counts and questions: one image, a sample in each of four data sets."""
+    """Scenes with their captions, places, counts and questions: one image, a sample in each of five data sets."""
     used = [photo for photo in photos.PHOTOS if photo.topic]
     scenery = {photo.name: _cut(_opened(files[photo.path]), photo.scenery) for photo in used}
     everywhere = [(photo.name, photo.topic) for photo in used]
@@ -100,6 +100,7 @@ def _samples(scene: scenes.Scene, split: str, wanted: str, media: tuple[Media, .
     yield "pointing", split, Example(scene.key, questions.places("pointing", asked), media, info)
     yield "counting", split, Example(scene.key, questions.places("point_count", asked), media, info)
     yield "vqa", split, Example(scene.key, questions.questions(scene), media, info)
+    yield "positions", split, Example(scene.key, questions.positions(scene), media, info)
 
 
 def dialogues(counts: Counts) -> Iterator[Item]:

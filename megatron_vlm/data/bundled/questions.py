@@ -80,6 +80,21 @@ def places(style: str, asked: Iterable[tuple[str, tuple[Placed, ...]]]) -> tuple
     )
 
 
+def positions(scene: Scene) -> tuple[Branch, ...]:
+    """Words and places in the other direction, so that coordinates are learned from many sides: all objects with their
+    places (thousandths, as in points), what is at a place, where an object is in words."""
+    draw = Draw(f"positions/{scene.key}")
+    items = sorted(scene.objects, key=_thousandths)
+    listed = "; ".join(f"{_thousandths(item)} {item.color} {item.kind}" for item in items)
+    asked = [("List every object with its place.", f"{listed}.")]
+    for item in draw.shuffled(items)[:3]:
+        asked.append((f"What is at {_thousandths(item)}?", f"{_amount((item.color, item.kind), 1).capitalize()}."))
+    for pair, members in _by_pair(items).items():
+        if len(members) == 1:
+            asked.append((f"Where is the {' '.join(pair)}?", f"{_place(members[0]).capitalize()}."))
+    return tuple(Branch("user_qa", (Turn(question, answer),)) for question, answer in asked)
+
+
 def questions(scene: Scene) -> tuple[Branch, ...]:
     """Up to MOST_BRANCHES short questions: presence (as often yes as no), colour, number, relation."""
     draw = Draw(f"questions/{scene.key}")
@@ -135,6 +150,11 @@ def _relations(
         elif abs(y - other_y) >= apart:
             found.append((first, second, "above" if y < other_y else "below"))
     return found
+
+
+def _thousandths(item: Placed) -> str:
+    x, y = item.point
+    return f"{round(1000 * x):03d} {round(1000 * y):03d}"
 
 
 def _place(item: Placed) -> str:

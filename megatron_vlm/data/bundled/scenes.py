@@ -17,14 +17,14 @@ from megatron_vlm.data.bundled.draw import Draw
 #: Side of a scene in pixels.
 SIDE = 112
 #: Smallest and largest diameter of an object, in pixels; free pixels between two objects.
-DIAMETERS = (18, 32)
-GAP = 3
+DIAMETERS = (24, 40)
+GAP = 2
 #: How often a scene has 1, 2, 3 groups of like objects, and a group 1, 2, 3, 4 members.
-GROUPS = (4, 4, 2)
-MEMBERS = (6, 3, 2, 1)
-MOST_OBJECTS = 7
+GROUPS = (5, 3, 2)
+MEMBERS = (8, 3, 2, 1)
+MOST_OBJECTS = 6
 #: Share of the photograph's own contrast that stays under the objects, and the range of the gray it fades towards.
-CONTRAST = 0.4
+CONTRAST = 0.3
 GRAY = (95, 190)
 
 
