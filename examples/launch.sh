@@ -31,9 +31,6 @@ launch() {
     fi
     # Works from a clone that is not installed, too.
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-    # One thread per process unless asked otherwise: processes that share the cores slow each other down.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
     local starts=true own_weights=false
     for argument in "$@"; do
         case "$argument" in
@@ -80,6 +77,8 @@ launch() {
             --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}"
         )
     fi
+    # One thread per process unless asked otherwise: processes that share the cores slow each other down.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$processes" \
         -m megatron_vlm.train "$recipe" "$@"
 }

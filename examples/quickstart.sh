@@ -57,6 +57,12 @@ part() {
     summary+="$(printf '  %-40s %6d %6d' "$title" $((SECONDS - wall)) $((CPU_S - cpu)))"$'\n'
 }
 
+# Two processes on a computer without a GPU: its cores share the rows. On a GPU machine, what the stage scripts choose.
+processes=""
+if ! command -v nvidia-smi >/dev/null 2>&1 && [ "$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)" -ge 2 ]; then
+    processes=2
+fi
+
 sample_data() {
     "$PYTHON" -m megatron_vlm.data.sample
 }
@@ -67,14 +73,28 @@ stage() {
     if [ "$1" -gt 1 ]; then
         overrides+=("init.checkpoint=$runs/tiny-stage$(($1 - 1))/checkpoints")
     fi
-    bash "$root/examples/$2" "${overrides[@]}"
+    NPROC="${NPROC:-$processes}" bash "$root/examples/$2" "${overrides[@]}"
 }
 
-# Short runs of stage 1 for the demonstrations.
+# The same questions, answered with the weights that stage 1 began with and with those that stage 3 ended with.
+answers() {
+    echo "--- before training"
+    "$PYTHON" "$root/tools/generate.py" --checkpoint "$runs/tiny-stage1" --before --sample pointing --count 4 \
+        --draw "$demo/pictures-before"
+    echo "--- after training"
+    "$PYTHON" "$root/tools/generate.py" --checkpoint "$runs/tiny-stage3" --sample pointing --count 4 \
+        --draw "$demo/pictures-after"
+}
+
+scores() {
+    "$PYTHON" "$root/tools/evaluate.py" "$runs/tiny-stage3" --limit 200 --shuffled-limit 100
+}
+
+# Short runs of stage 1 for the demonstrations; always on the CPU with one thread, where equal means equal bit for bit.
 short_run() {
     local name="$1"
     shift
-    bash "$root/examples/pretrain_stage1.sh" "run.dir=$demo/$name" train.steps=12 train.global_batch=4 eval.every=0 \
+    OMP_NUM_THREADS=1 bash "$root/examples/pretrain_stage1.sh" "run.dir=$demo/$name" train.steps=12 train.global_batch=4 eval.every=0 \
         log.every=4 checkpoint.every=4 run.device=cpu "$@"
 }
 
@@ -108,6 +128,8 @@ part "sample data" sample_data
 part "stage 1: pre-training" stage 1 pretrain_stage1.sh
 part "stage 2: fine-tuning" stage 2 sft_stage2.sh
 part "stage 3: long rows" stage 3 longcontext_stage3.sh
+part "answers before and after" answers
+part "scores on held-out samples" scores
 part "one process and TP 2, side by side" two_layouts
 part "kill and resume" kill_and_resume
 
@@ -115,6 +137,8 @@ cat <<END
 
 === Done. Seconds of each part (wall; CPU, all processes together):
 $summary
+Pictures with the places that the model names: $demo/pictures-before, $demo/pictures-after
+Scores: $runs/tiny-stage3/evaluation.md
 Runs: $runs/tiny-stage1, -stage2, -stage3; in each config.yaml, metrics.jsonl, tensorboard/ and checkpoints/.
 Curves: tensorboard --logdir $runs
 Next: your own data, in four commands: README.md.
