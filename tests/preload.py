@@ -1,5 +1,7 @@
 """Imported once by the fork server of tests/pool.py: every process of every pool starts with Megatron in memory."""
 
+import gc
+
 from megatron_vlm.parallel import cpu
 
 cpu.enable("cpu")
@@ -11,3 +13,6 @@ import megatron.core.optimizer  # noqa: E402, F401
 import megatron.core.pipeline_parallel  # noqa: E402, F401
 
 import megatron_vlm.parallel.groups  # noqa: E402, F401
+
+# Megatron calls gc.collect() in every save and load; without this it walks all objects of the imports each time.
+gc.freeze()

@@ -57,7 +57,8 @@ def resume(layout: Layout, source: Path, directory: Path, steps: int) -> dict[st
     differences = differing(source, again)
     rates = {group["lr_mult"]: (group["lr"], group["max_lr"]) for group in optimizer.param_groups}
     losses = [toy.step(models, optimizer, number, layout) for number in range(step + 1, steps + 1)]
-    save.save(directory, models=models, optimizer=optimizer, step=steps, config=toy.config(), state=state)
+    if losses:
+        save.save(directory, models=models, optimizer=optimizer, step=steps, config=toy.config(), state=state)
     return {"state": state, "differences": differences, "rates": rates, "losses": losses}
 
 
@@ -84,7 +85,7 @@ def test_resume_on_the_same_layout_is_exact(pool, trained, tmp_path):
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(1), Layout(2), Layout(2, pipeline=2), Layout(2, context=2), Layout(4, tensor=2), Layout(4, tensor=4)],
+    [Layout(1), Layout(2), Layout(2, pipeline=2), Layout(2, context=2), Layout(4, tensor=2)],
     ids=lambda layout: f"tp{layout.tensor}cp{layout.context}pp{layout.pipeline}dp{layout.data}",
 )
 def test_resume_on_another_layout(pool, trained, tmp_path, layout):
