@@ -108,7 +108,10 @@ class Loader:
         geometry = image_geometry(arch, data.image_crops)
         self.sources = tuple(member.name for member in mixture.members)
         sizes = [shards.count(name, split) for name in self.sources]
-        rates = mixture.rates(dict(zip(self.sources, sizes, strict=True)).__getitem__)
+        try:
+            rates = mixture.rates(dict(zip(self.sources, sizes, strict=True)).__getitem__)
+        except ValueError as error:
+            raise ValueError(f"{shards.directory}, split {split!r}: {error}") from error
         if not one_pass:
             _check_sources(self.sources, sizes, split, shards)
         order = (OnePassOrder if one_pass else MixtureOrder)(self.sources, sizes, rates, data.seed)

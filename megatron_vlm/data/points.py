@@ -70,7 +70,7 @@ def _coordinates(answer: Points, separator: str, seconds: bool) -> str:
     places = sorted((point.at, _thousandths(point.x), _thousandths(point.y)) for point in answer.points)
     groups, number = [], 0
     for at, members in groupby(places, key=lambda place: place[0]):
-        words = [str(round(at, 1)) if seconds else str(int(at))]
+        words = [str(round(float(at), 1)) if seconds else str(int(at))]
         for _, x, y in members:
             number += 1
             words.append(f"{number} {x:03d} {y:03d}")

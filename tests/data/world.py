@@ -84,12 +84,17 @@ def build(folder: Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -
 
 def config(folder: Path, *, train: dict | None = None, **data) -> Config:
     """A configuration over `build`'s files: rows of 512 tokens and 12 crops, 8 rows a step."""
-    defaults = {"image_crops": 4, "max_crops": 12, "sequence_length": 512, "window": 64}
+    defaults = {
+        "manifest": str(folder / "shards"),
+        "mixture": str(folder / "mixture.yaml"),
+        "tokenizer": str(folder),
+        "image_crops": 4,
+        "max_crops": 12,
+        "sequence_length": 512,
+        "window": 64,
+    }
     return Config(
         data=DataConfig(
-            manifest=str(folder / "shards"),
-            mixture=str(folder / "mixture.yaml"),
-            tokenizer=str(folder),
             **(defaults | data),
         ),
         train=TrainConfig(**({"global_batch": 8, "micro_batch": 2} | (train or {}))),
