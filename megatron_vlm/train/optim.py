@@ -137,11 +137,12 @@ def clip(optimizer: MegatronOptimizer, clip_norm: float) -> dict[str, float]:
                 parameter, groups.tensor()
             ):
                 counted[name].append(parameter.grad)
-    # float64: the sum over ranks must not depend on how the parameters were cut.
+    # float64: in float32 the norm of a large tensor and that of its parts differ in the fifth digit, and clipping
+    # would carry the difference into the weights.
     squares = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
     for index, name in enumerate(names):
         if counted[name]:
-            squares[index] = torch.stack(torch._foreach_norm(counted[name])).double().square().sum()
+            squares[index] = torch.stack(torch._foreach_norm(counted[name], dtype=torch.float64)).square().sum()
     dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
     norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
     for name in names:
