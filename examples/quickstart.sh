@@ -90,35 +90,37 @@ scores() {
     "$PYTHON" "$root/tools/evaluate.py" "$runs/tiny-stage3" --limit 200 --shuffled-limit 100
 }
 
-# Short runs of stage 1 for the demonstrations; always on the CPU with one thread, where equal means equal bit for bit.
-short_run() {
-    local name="$1"
-    shift
-    OMP_NUM_THREADS=1 bash "$root/examples/pretrain_stage1.sh" "run.dir=$demo/$name" train.steps=12 train.global_batch=4 eval.every=0 \
-        log.every=4 checkpoint.every=4 run.device=cpu "$@"
-}
+# A short run of stage 1 under $demo, as a simple command, so that `&` gives the process itself. On the CPU with one
+# thread, where equal means equal bit for bit.
+short_run=(
+    env OMP_NUM_THREADS=1 bash "$root/examples/pretrain_stage1.sh" run.device=cpu
+    train.steps=12 train.global_batch=4 eval.every=0 log.every=4 checkpoint.every=4
+)
 
 two_layouts() {
     rm -rf "$demo/one" "$demo/tp2"
-    NPROC=1 short_run one
-    NPROC=2 short_run tp2 parallel.tensor=2 parallel.sequence=true
+    NPROC=1 "${short_run[@]}" "run.dir=$demo/one"
+    NPROC=2 "${short_run[@]}" "run.dir=$demo/tp2" parallel.tensor=2 parallel.sequence=true
     "$PYTHON" "$root/tools/compare_losses.py" "$demo/one" "$demo/tp2"
 }
 
 kill_and_resume() {
     local pid
     rm -rf "$demo/killed"
-    NPROC=1 short_run killed &
+    NPROC=1 "${short_run[@]}" "run.dir=$demo/killed" &
     pid=$!
     # Kill it in the middle, between two checkpoints.
     until [ -f "$demo/killed/metrics.jsonl" ] && [ "$(wc -l < "$demo/killed/metrics.jsonl")" -ge 6 ]; do
-        kill -0 "$pid" 2>/dev/null || break
+        if ! kill -0 "$pid" 2>/dev/null; then
+            echo "The run ended before it could be killed." >&2
+            return 1
+        fi
         sleep 0.1
     done
-    kill -9 "$pid" 2>/dev/null || true
+    kill -9 "$pid"
     wait "$pid" 2>/dev/null || true
-    echo "--- killed after step $(wc -l < "$demo/killed/metrics.jsonl"); starting the same command again"
-    NPROC=1 short_run killed run.resume=must
+    echo "--- killed after step $(wc -l < "$demo/killed/metrics.jsonl" | tr -d ' '); the same command again:"
+    NPROC=1 "${short_run[@]}" "run.dir=$demo/killed" run.resume=must
     echo "--- beside the run that was never stopped:"
     "$PYTHON" "$root/tools/compare_losses.py" "$demo/one" "$demo/killed" --tolerance 0
 }
