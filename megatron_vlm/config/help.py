@@ -23,10 +23,11 @@ def settings() -> str:
 
 def _section(section: Any, prefix: str) -> list[str]:
     """One block of text for the section's own settings and one for each section inside it, in order."""
-    docs = {param.arg_name: param.description for param in docstring_parser.parse_from_object(type(section)).params}
+    kind: type = type(section)
+    docs = {param.arg_name: param.description for param in docstring_parser.parse_from_object(kind).params}
     own: list[str] = []
     inner: list[str] = []
-    for name, wanted in field_types(type(section)).items():
+    for name, wanted in field_types(kind).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(wanted):
             head = f"{prefix}{name}: {_flow(docs[name])}"

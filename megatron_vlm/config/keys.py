@@ -41,12 +41,13 @@ def keys() -> dict[str, Key]:
 
 
 def _walk(section: Any, prefix: str) -> Iterator[Key]:
-    for name, wanted in field_types(type(section)).items():
+    kind: type = type(section)
+    for name, wanted in field_types(kind).items():
         value = getattr(section, name)
         if dataclasses.is_dataclass(wanted):
             yield from _walk(value, f"{prefix}{name}.")
         else:
-            yield Key(f"{prefix}{name}", wanted, value, type(section))
+            yield Key(f"{prefix}{name}", wanted, value, kind)
 
 
 _WORDS = {
