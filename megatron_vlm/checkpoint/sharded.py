@@ -129,10 +129,10 @@ def _begin_moments(optimizer: Any) -> None:
 
 
 def _share_common(state: dict[str, Any], key: str) -> None:
-    """Rank 0 writes what is not sharded; if its stage trains nothing, it takes that of the first rank that trains."""
+    """What is not sharded is the same everywhere: a stage that trains nothing takes it from a rank that trains."""
     flags: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(flags, key in state)
-    if flags[0] or not any(flags):
+    if all(flags) or not any(flags):
         return
     source = flags.index(True)
     mine = [_unsharded(state[key]) if key in state else None]
