@@ -14,19 +14,23 @@ import argparse
 import base64
 import html
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from megatron_vlm.config import load, presets
+from megatron_vlm.config.schema import Config
 from megatron_vlm.data import points
 from megatron_vlm.data.example import Branch, Example, Points
 from megatron_vlm.data.image import decode
 from megatron_vlm.data.keyed import Permutation
+from megatron_vlm.data.loader import Loader, Share, Step
 from megatron_vlm.data.sample import build
 from megatron_vlm.data.shards import Shards
 
@@ -63,10 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset", help="only this data set")
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--seed", type=int, default=0, help="which samples are drawn (default: %(default)s)")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="a run directory: look at one of its steps")
+    parser.add_argument("--step", type=int, help="which step of --run, counted from 1")
     parser.add_argument("--out", type=Path, default=Path("look"), help="folder of pictures and page (default: look)")
     options = parser.parse_args(arguments)
+    if (options.run is None) != (options.step is None):
+        parser.error("--run and --step go together")
     try:
-        inspect(options)
+        inspect(options) if options.run is None else inspect_step(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -91,6 +99,55 @@ def inspect(options: argparse.Namespace) -> None:
     if options.num_samples:
         page = write_page(shards, rows, drawn(shards, splits, options.num_samples, options.seed), options.out)
         print(f"{page}: open it in a browser")
+
+
+def inspect_step(options: argparse.Namespace) -> None:
+    """Print the keys of a step's samples in the order of its rows; draw the first of them."""
+    config, line = _ledger_line(options.run, options.step)
+    step = _planned(config, line)
+    if step.keys_hash != line["keys_hash"]:
+        raise ValueError(
+            f"step {options.step} of {options.run} was made of other samples than its data give now: manifest, mixture "
+            "or this program changed since."
+        )
+    skipped = set(line.get("skipped", ()))
+    for key in step.keys:
+        print(f"{key}  (skipped: its media failed)" if key in skipped else key)
+    shards = Shards(build() if config.data.manifest == "sample" else config.data.manifest)
+    if options.num_samples:
+        first = _found(shards, config.data.split, list(dict.fromkeys(step.keys))[: options.num_samples])
+        print(f"{write_page(shards, [], first, options.out)}: open it in a browser", file=sys.stderr)
+
+
+def _ledger_line(run: Path, step: int) -> tuple[Config, dict[str, Any]]:
+    for name in ("config.yaml", "ledger.jsonl"):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} holds no {name}, so it is not the directory of a run.")
+    lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["step"] == step]
+    if not found:
+        has = f"steps {lines[0]['step']} to {lines[-1]['step']}" if lines else "no step"
+        raise ValueError(f"{run}/ledger.jsonl has no step {step}; it has {has}.")
+    return load.load(run / "config.yaml", ["data.workers=0"]), found[-1]
+
+
+def _planned(config: Config, line: dict[str, Any]) -> Step:
+    """The step that begins at the ledger's window and offset, planned again from the data; no pixel is read."""
+    arch, share = presets.architecture(config.model), Share(crops=False)
+    start = Loader(config, arch, share)
+    state = start.state_dict() | {"window": line["window"], "offset": line["offset"]}
+    start.close()
+    loader = Loader(config, arch, share, state=state)
+    try:
+        return next(iter(loader))
+    finally:
+        loader.close()
+
+
+def _found(shards: Shards, split: str, keys: list[str]) -> Iterator[tuple[str, str, Example]]:
+    for key in keys:
+        dataset, _, name = key.partition("/")
+        yield dataset, split, shards.example(dataset, split, shards.keys(dataset, split).index(name))
 
 
 def summary(shards: Shards, dataset: str, split: str) -> Summary:

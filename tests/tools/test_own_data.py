@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_vlm.config import load, presets
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data import tokens
 from megatron_vlm.data.example import Point, Points, Turn
+from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.shards import Shards
 from tools import build_shards, inspect_data
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -157,7 +166,81 @@ def test_points_are_marked_where_they_are(folder: Path) -> None:
     assert abs(columns.mean() / width - 0.25) < 0.01 and abs(rows.mean() / height - 0.5) < 0.01
 
 
+def test_a_step_of_a_run_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run directory written by hand from the loader's own steps."""
+    lines = [{"image_path": "red.png", "question": f"{n}?", "answer": str(n)} for n in range(40)]
+    write(folder, *lines)
+    build(folder)
+    config = run_config(folder)
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(load.dump(config))
+    steps, loader = [], Loader(config, presets.architecture(config.model), Share())
+    for number, step in zip(range(1, 6), loader, strict=False):
+        ledger = {"window": step.window, "offset": step.offset, "keys_hash": step.keys_hash, "skipped": step.keys[:1]}
+        steps.append(json.dumps({"step": number} | ledger))
+        if number == 4:
+            wanted = step.keys
+    loader.close()
+    (folder / "run" / "ledger.jsonl").write_text("\n".join(steps) + "\n")
+    capsys.readouterr()
+    asked = ["--run", str(folder / "run"), "--step", "4", "--out", str(folder / "look")]
+    inspect_data.main(asked)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == list(wanted) and "skipped" in told[0]
+    assert (folder / "look" / "index.html").read_text().count("<article>") == min(12, len(set(wanted)))
+    with pytest.raises(SystemExit, match="has no step 9; it has steps 1 to 5"):
+        inspect_data.main([*asked[:3], "9"])
+    write(folder, *lines[:39])
+    build(folder, "--overwrite")
+    with pytest.raises(SystemExit, match="made of other samples"):
+        inspect_data.main(asked)
+
+
+def run_config(folder: Path) -> Config:
+    """Tiny, on the shards of `build`, with a tokenizer of bytes."""
+    (folder / "tokenizer.json").write_text(tokens.train([], vocab_size=300))
+    settings = {
+        "data.manifest": folder / "shards",
+        "data.mixture": folder / "shards" / "mixture.yaml",
+        "data.tokenizer": folder / "tokenizer.json",
+        "data.window": 16,
+        "train.global_batch": 2,
+    }
+    return load.load(
+        ROOT / "examples/recipes/tiny/stage1.yaml", [f"{name}={value}" for name, value in settings.items()]
+    )
+
+
 def test_unknown_split_is_named(folder: Path) -> None:
     build(folder)
     with pytest.raises(SystemExit, match="has no such data set or split. It has mine: train"):
         inspect_data.main([str(folder / "shards"), "--split", "test"])
+
+
+@pytest.mark.slow
+def test_four_commands_from_a_file_of_ones_own_to_a_trained_model(folder: Path) -> None:
+    """As in the README: write JSONL, build, look, train; here with small sizes."""
+    rows = [{"image_path": "red.png" if n % 2 else "blue.jpg", "caption": f"Picture {n}."} for n in range(40)]
+    write(folder, *rows)
+    shards, run = folder / "my_shards", folder / "run"
+    for command in (
+        f"tools/build_shards.py build {folder}/mine.jsonl --out {shards} --held-out 0.2",
+        f"tools/inspect_data.py {shards} --num-samples 4 --out {folder}/look",
+        f"-m megatron_vlm.train examples/recipes/tiny/stage1.yaml data.manifest={shards} "
+        f"data.mixture={shards}/mixture.yaml run.dir={run} train.steps=3 data.window=32 eval.rows=2 eval.every=0 "
+        "train.global_batch=2 log.every=1 optim.vision.warmup_steps=1 optim.connector.warmup_steps=1 "
+        "optim.language.warmup_steps=1",
+        f"tools/inspect_data.py --run {run} --step 2 --num-samples 0",
+    ):
+        done = subprocess.run(
+            [sys.executable, *command.split()],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    assert done.stdout.count("mine/") >= 2
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and losses[-1] < losses[0]
