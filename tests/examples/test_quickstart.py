@@ -1,7 +1,8 @@
-"""The quickstart's dry run. (The full run of tests starts the real one.)"""
+"""README's first command: its dry run, and, in the full run of tests, the command itself."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -11,14 +12,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def quickstart(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def quickstart(*arguments: str, cwd: Path, timeout_s: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "examples" / "quickstart.sh"), *arguments],
         cwd=cwd,
         env=dict(os.environ) | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
     )
 
 
@@ -51,3 +52,23 @@ def test_an_unknown_argument_is_refused(tmp_path):
 def test_scripts_are_valid_bash(script):
     done = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True, timeout=10)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2700)
+def test_the_quickstart_trains_answers_scores_and_resumes(tmp_path):
+    done = quickstart(cwd=tmp_path, timeout_s=2600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    for stage in (1, 2, 3):
+        run = tmp_path / "runs" / f"tiny-stage{stage}"
+        losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert (run / "checkpoints" / "latest").exists()
+        if stage == 1:
+            assert losses[-1] < 0.6 * losses[0]
+    demo = tmp_path / "runs" / "quickstart"
+    assert list((demo / "pictures-before").glob("*.png")) and list((demo / "pictures-after").glob("*.png"))
+    assert (tmp_path / "runs" / "tiny-stage3" / "evaluation.md").read_text()
+    # Two layouts agree within float32, a killed run exactly.
+    assert "allowed: 1.0e-05." in done.stdout
+    assert "Largest relative difference: 0.0e+00; allowed: 0.0e+00." in done.stdout
+    assert "--- killed after step" in done.stdout
