@@ -59,6 +59,30 @@ def test_one_step_equals_one_process(pool, case):
     assert difference < 1e-5, module
 
 
+def logits(arch, layout, parallel):
+    """Logits at some places of two packed rows, on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_vlm.model.build import build
+    from megatron_vlm.parallel import groups
+
+    groups.initialize(layout, timeout_s=50)
+    (model,) = build(tiny.config(arch, parallel=parallel), layout)
+    batch = tiny.batch(arch, [0, 1], layout.crop_rank(dist.get_rank()), layout.crop_ranks)
+    with torch.no_grad():
+        return model.eval()(batch, logits_at=torch.tensor([150, 3, 60, 100, 95]))
+
+
+def test_logits_at_chosen_places(pool):
+    (expected,) = pool(1).run(logits, tiny.TIED, Layout(1), {})
+    assert expected.shape == (5, tiny.LANGUAGE.vocab_size)
+    assert expected.dtype.is_floating_point and expected.abs().max() > 0.01
+    parallel = {"tensor": 2, "context": 2, "sequence": True}
+    for found in pool(4).run(logits, tiny.TIED, Layout(4, tensor=2, context=2), parallel):
+        assert (found - expected).abs().max() < 1e-6
+
+
 @cache
 def reference(pool, arch, options):
     (alone,) = pool(1).run(layouts.step, arch, Layout(1), {}, dict(options))

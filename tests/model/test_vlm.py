@@ -239,3 +239,30 @@ def test_wrong_number_of_placeholders(models):
     count = int((made.tokens == patch).sum())
     with pytest.raises(ValueError, match=f"{count - 1} image placeholders, but its crops give {count} features"):
         model(dataclasses.replace(made, tokens=tokens))
+
+
+def test_no_tensor_of_row_by_row_entries(one_rank):
+    """A packed row of 8,192 tokens through the whole model, forward and backward: nothing near S x S numbers."""
+    from megatron_vlm.model.build import build
+    from tests.model.test_attention import Largest
+
+    s = 8192
+    (model,) = build(tiny.config(tiny.ARCH, logit_chunk=64, residual_dropout=0.1), Layout(1))
+    rows = [tiny.row(tiny.ARCH, number, 1024) for number in range(s // 1024)]
+    joined = tiny.Row(*([] for _ in dataclasses.fields(tiny.Row)))
+    for number, row in enumerate(rows):
+        row.examples = [PAD if example == PAD else number * 10 + example for example in row.examples]
+        shift = len(joined.crops) * tiny.VISION.patches
+        row.windows = [[i if i == PAD else i + shift for i in window] for window in row.windows]
+        for field in dataclasses.fields(tiny.Row):
+            getattr(joined, field.name).extend(getattr(row, field.name))
+    # And one example over half of the row, images and all.
+    joined.examples = [joined.examples[0]] * (s // 2) + joined.examples[s // 2 :]
+    joined.branches = [PREFIX_BRANCH] * (s // 2) + joined.branches[s // 2 :]
+    made = tiny.join(tiny.ARCH, [joined], [0])
+    assert made.tokens.shape == (1, s)
+    with Largest() as largest:
+        model(made).sum().backward()
+    print(f"largest tensor: {largest.numbers:,} numbers; S x S would be {s * s:,}")
+    # Rows times the widest layer, and a block's mask of at most 256 x 4,096, lie below.
+    assert largest.numbers < s * s / 32
