@@ -42,7 +42,8 @@ def deal(costs: Sequence[int], ranks: int, micro_batches: int) -> list[list[list
 
 def _spread(rows: Sequence[int], costs: Sequence[int], parts: int) -> list[list[int]]:
     room = len(rows) // parts
-    loads, found = [0] * parts, [[] for _ in range(parts)]
+    loads = [0] * parts
+    found: list[list[int]] = [[] for _ in range(parts)]
     for row in sorted(rows, key=lambda row: (-costs[row], row)):
         part = min((part for part in range(parts) if len(found[part]) < room), key=lambda part: (loads[part], part))
         loads[part] += costs[row]

@@ -67,7 +67,7 @@ class Collator:
 
     def _text(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         shape = (len(rows), self.sequence_length)
-        found = {
+        found: dict[str, np.ndarray] = {
             "tokens": np.zeros(shape, dtype=np.int64),
             "targets": np.zeros(shape, dtype=np.int64),
             "loss_weights": np.zeros(shape, dtype=np.float32),

@@ -26,6 +26,11 @@ def cut(
     stop = layout.crops if stop is None else stop
     side, step = geometry.crop_pixels, geometry.window * geometry.patch_size
     crops = np.empty((stop - start, geometry.patches, 3 * geometry.patch_size**2), dtype=np.uint8)
+    if layout.tiling == (1, 1) and start < stop:
+        # The canvas is one crop: the same pixels as the global one.
+        _patch(resize(pixels, side, side), geometry, crops[0])
+        crops[1:] = crops[:1]
+        return crops
     if start == 0 < stop:
         _patch(resize(pixels, side, side), geometry, crops[0])
     if stop > 1:
@@ -46,7 +51,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return pixels
     # Channels stay last in memory: the same numbers as the planar kernel in two thirds of the time.
-    image = torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)[None].float()
+    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None].float()
     resized = interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
     return resized.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0).numpy()
 

@@ -108,7 +108,7 @@ class Example:
 
 def to_json(example: Example) -> str:
     """The sample as one line of JSON; `from_json` gives it back equal."""
-    record = {
+    record: dict[str, Any] = {
         "key": example.key,
         "media": [[media.key, media.width, media.height, media.kind] for media in example.media],
         "branches": [

@@ -23,7 +23,7 @@ class Draw(NamedTuple):
 
     source: int
     """Index of the data set in the mixture."""
-    index: int
+    place: int
     """Index of the sample in the data set's split."""
     visit: int
     """How often the sample was drawn before."""
@@ -68,7 +68,7 @@ class OnePassOrder:
     fair sample; sets that are used up drop out."""
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], rates: Sequence[float], seed: int) -> None:
-        moments = []
+        moments: list[tuple[float, int, int]] = []
         for source, (name, size, rate) in enumerate(zip(names, sizes, rates, strict=True)):
             if rate:
                 permutation = Permutation(size, seed, name, 0, "one pass")

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: More rows by this part of the lower bound at each new try.
-SLACK = 0.004
+#: Rows beyond the lower bound at the first try, and more at each new one, as a part of the bound.
+SLACK = 0.002
+#: Samples smaller than this part of a row fill tight; larger ones are spread.
+SMALL = 0.2
 
 
 def lower_bound(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops: int) -> int:
@@ -36,9 +38,10 @@ def pack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops
     if not len(sizes):
         return []
     least = lower_bound(tokens, crops, max_tokens, max_crops)
-    rows = least
+    step = int(least * SLACK)
+    rows = least + step
     while (placed := _fill(sizes, budget, rows)) is None:
-        rows += max(1, int(least * SLACK))
+        rows += max(1, step)
     found: list[list[int]] = [[] for _ in range(rows)]
     for sample, row in enumerate(placed):
         found[row].append(sample)
@@ -47,26 +50,29 @@ def pack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops
 
 def _fill(sizes: np.ndarray, budget: np.ndarray, rows: int) -> list[int] | None:
     """The row of each sample, or None where one finds no place in so many rows."""
-    scaled = sizes / budget
+    shares = sizes / budget
+    # How scarce each budget is: where crops run out first, a row's free tokens are worth little.
+    worth = shares.sum(axis=0) / rows / budget
     # Largest first, by the larger of its two shares; equal ones in their given order.
-    order = np.argsort(-scaled.max(axis=1), kind="stable")
-    free = np.ones((rows, 2))
-    exact = np.tile(budget, (rows, 1))
+    order = np.argsort(-shares.max(axis=1), kind="stable")
+    free_tokens = np.full(rows, float(budget[0]))
+    free_crops = np.full(rows, float(budget[1]))
+    free = free_tokens * worth[0] + free_crops * worth[1]
     placed = [0] * len(sizes)
-    pressure = np.maximum(scaled.sum(axis=0) / rows, 1e-9)
-    for sample in order:
-        size, share = sizes[sample], scaled[sample]
-        fits = ((exact - size) >= 0).all(axis=1)
-        if not fits.any():
+    for sample in order.tolist():
+        tokens, crops = sizes[sample].tolist()
+        fits = (free_tokens >= tokens) & (free_crops >= crops)
+        if shares[sample].max() < SMALL:
+            score = np.where(fits, free, np.inf)
+        else:
+            # Where there is most of what it needs most.
+            wanted = free_tokens * (tokens * worth[0] / budget[0]) + free_crops * (crops * worth[1] / budget[1])
+            score = np.where(fits, -wanted, np.inf)
+        row = int(score.argmin())
+        if not fits[row]:
             return None
-        left = (free - share) * pressure
-        score = left[:, 0] ** 2 + left[:, 1] ** 2 if share.max() < SMALL else -(free * (share * pressure)).sum(axis=1)
-        row = int(np.where(fits, score, np.inf).argmin())
-        placed[int(sample)] = row
-        free[row] -= share
-        exact[row] -= size
+        placed[sample] = row
+        free_tokens[row] -= tokens
+        free_crops[row] -= crops
+        free[row] -= tokens * worth[0] + crops * worth[1]
     return placed
-
-
-#: Samples smaller than this part of a row fill tight; larger ones are spread.
-SMALL = 0.15

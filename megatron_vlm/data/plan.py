@@ -85,7 +85,7 @@ class Planner:
 
     def _sample(self, draw: Draw) -> Sample:
         source = self.sources[draw.source]
-        example = self.shards.example(source, self.split, draw.index)
+        example = self.shards.example(source, self.split, draw.place)
         content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source])
         return Sample(f"{source}/{example.key}", draw.source, tuple(media.key for media in example.media), content)
 

@@ -108,9 +108,9 @@ def parse_count(text: str) -> int | None:
 
 
 def _molmo2_places(coordinates: str) -> list[Place]:
-    places = []
+    places: list[Place] = []
     for group in _GROUP.finditer(coordinates):
-        seen = set()
+        seen: set[str] = set()
         for number, x, y in _PLACE.findall(group[2]):
             if number not in seen:
                 seen.add(number)
@@ -120,7 +120,7 @@ def _molmo2_places(coordinates: str) -> list[Place]:
 
 def _molmo1_places(text: str) -> list[Place]:
     """`<point x="10.5" y="20" alt="cat">` and `<points x1=".." y1=".." x2=...>`: percent of the width and height."""
-    places = []
+    places: list[Place] = []
     for tag in _MOLMO1_TAG.finditer(text):
         for _, x, y in _MOLMO1_PLACE.findall(tag[1]):
             if (across := _number(x)) is not None and (down := _number(y)) is not None:
@@ -130,10 +130,11 @@ def _molmo1_places(text: str) -> list[Place]:
 
 def _educational_places(text: str) -> list[Place]:
     """`<point x, y, id>` and `<point t, x, y, id>`: fractions, ids from 0."""
-    places = []
+    places: list[Place] = []
     for tag in _EDUCATIONAL.finditer(text):
-        numbers = [_number(word) for word in tag[1].split(",")]
-        if None not in numbers:
+        words = tag[1].split(",")
+        numbers = [number for word in words if (number := _number(word)) is not None]
+        if len(numbers) == len(words):
             at, x, y, number = numbers if len(numbers) == 4 else [1, *numbers]
             places.append(Place(at, int(number) + 1, x, y))
     return places

@@ -178,7 +178,7 @@ class Shards:
         return str(self.directory)
 
     def __setstate__(self, directory: str) -> None:
-        self.__init__(directory)
+        Shards.__init__(self, directory)
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():

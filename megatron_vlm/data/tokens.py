@@ -82,7 +82,7 @@ class Tokenizer:
         return {"definition": self._definition, "language": self._language, "name": self._name}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["definition"], state["language"], name=state["name"])
+        Tokenizer.__init__(self, state["definition"], state["language"], name=state["name"])
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: `<|im_end|>` in it is encoded as its letters."""

@@ -10,8 +10,8 @@ s tokens of the sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def tokenize(
     """
     identity = (settings.seed, dataset, example.key, visit)
     layouts = tuple(image_layout(media.width, media.height, settings.geometry) for media in example.media)
-    prefix = prefix_tokens(layouts, settings.tokenizer)
+    prefix = prefix_tokens(layouts, settings.tokenizer)[0]
     order = list(range(len(example.branches)))
     if len(order) > 1:
         generator(*identity, "branches").shuffle(order)
@@ -106,17 +106,21 @@ def tokenize(
             )
         parts.append((tokens, is_answer))
         length += len(tokens)
-    return _assemble(prefix, parts, layouts, dropped, settings, flat_weight)
+    return _assemble(parts, layouts, dropped, settings, flat_weight)
 
 
-def prefix_tokens(layouts: Sequence[ImageLayout], tokenizer: Tokenizer) -> list[int]:
-    """BOS and the blocks of the images; several images are announced by `Image 1`, `Image 2`, ..."""
+@lru_cache(maxsize=4096)
+def prefix_tokens(layouts: tuple[ImageLayout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """BOS and the blocks of the images; several images are announced by `Image 1`, `Image 2`, ...
+
+    Ids (int64), and which of them belong to a bidirectional image block (bool). Shared: not to be written to.
+    """
     tokens = [tokenizer.bos]
     for number, layout in enumerate(layouts, start=1):
         if len(layouts) > 1:
             tokens.extend(tokenizer.encode_fixed(f"Image {number}"))
         tokens.extend(image_tokens(layout, tokenizer))
-    return tokens
+    return np.asarray(tokens, dtype=np.int64), np.isin(tokens, list(tokenizer.vision_ids))
 
 
 def image_tokens(layout: ImageLayout, tokenizer: Tokenizer) -> list[int]:
@@ -162,12 +166,12 @@ def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> T
     `layouts`, as in training.
     """
     layouts = tuple(image_layout(media.width, media.height, settings.geometry) for media in example.media)
-    prefix = prefix_tokens(layouts, settings.tokenizer)
+    prefix = prefix_tokens(layouts, settings.tokenizer)[0]
     rng = generator(settings.seed, example.key, "generation")
     text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng)
     tokens = settings.tokenizer.user_turn(text, first=True)
     _check_fit(example.key, len(prefix), len(tokens), sum(layout.crops for layout in layouts), settings)
-    return _assemble(prefix, [(tokens, [False] * len(tokens))], layouts, 0, settings, 0.0)
+    return _assemble([(tokens, [False] * len(tokens))], layouts, 0, settings, 0.0)
 
 
 def _check_fit(name: str, prefix: int, first_loss: int, crops: int, settings: TreeSettings) -> None:
@@ -184,13 +188,13 @@ def _check_fit(name: str, prefix: int, first_loss: int, crops: int, settings: Tr
 
 
 def _assemble(
-    prefix: list[int],
     parts: list[tuple[list[int], list[bool]]],
     layouts: tuple[ImageLayout, ...],
     dropped: int,
     settings: TreeSettings,
     flat_weight: float | None,
 ) -> TokenizedExample:
+    prefix, prefix_vision = prefix_tokens(layouts, settings.tokenizer)
     length = len(prefix) + sum(len(tokens) for tokens, _ in parts)
     tokens = np.empty(length, dtype=np.int64)
     targets = np.zeros(length, dtype=np.int64)
@@ -214,9 +218,16 @@ def _assemble(
         )
         start = stop
     kept = min(length, settings.max_tokens)
-    vision = np.isin(tokens, list(settings.tokenizer.vision_ids))
+    # Text after the prefix is plain text, so it holds no token of an image block.
+    vision = np.zeros(length, dtype=bool)
+    vision[: len(prefix)] = prefix_vision
     return TokenizedExample(
-        *(array[:kept] for array in (tokens, targets, weights, positions, branches, vision)),
+        tokens=tokens[:kept],
+        targets=targets[:kept],
+        loss_weights=weights[:kept],
+        positions=positions[:kept],
+        branches=branches[:kept],
+        is_vision=vision[:kept],
         layouts=layouts,
         dropped_branches=dropped,
         cut_tokens=length - kept,

@@ -18,7 +18,7 @@ import shutil
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -104,12 +104,11 @@ class ShardWriter:
             return self._media[key][3]
         header = probe(data, name=key)
         media = Media(key, header.width, header.height)
-        if self._tar is None:
-            self._open_tar()
-        member = add_member(self._tar, f"{key}.{EXTENSIONS[header.format]}", data)
+        tar = self._tar or self._open_tar()
+        member = add_member(tar, f"{key}.{EXTENSIONS[header.format]}", data)
         self._members.append(member)
         self._media[key] = (len(self._shards) - 1, member.offset, member.size, media)
-        if self._tar.tell() >= self._shard_bytes:
+        if tar.tell() >= self._shard_bytes:
             self._close_tar()
         return media
 
@@ -137,11 +136,12 @@ class ShardWriter:
         (self._partial / name).write_bytes(data)
         self._files.append(name)
 
-    def _open_tar(self) -> None:
+    def _open_tar(self) -> BinaryIO:
         name = f"media/{len(self._shards):06d}.tar"
         self._tar = (self._partial / name).open("wb")
         self._shards.append(name)
         self._members = []
+        return self._tar
 
     def _close_tar(self) -> None:
         if self._tar is None:
@@ -193,7 +193,7 @@ class ShardWriter:
             (bytes.fromhex(key), shard, offset, size, media.width, media.height)
             for key, (shard, offset, size, media) in sorted(self._media.items())
         ]
-        columns = list(zip(*rows, strict=True)) if rows else [[] for _ in MEDIA_SCHEMA]
+        columns: list[Any] = list(zip(*rows, strict=True)) if rows else [[] for _ in MEDIA_SCHEMA]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, MEDIA_SCHEMA, strict=True)]
         with pa.OSFile(str(self._partial / "media.arrow"), "wb") as sink, pa.ipc.new_file(sink, MEDIA_SCHEMA) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=MEDIA_SCHEMA))

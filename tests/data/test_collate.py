@@ -124,7 +124,7 @@ def test_rows_without_images(collator):
 def test_rows_keep_their_budgets_and_hold_every_draw(planner, rows):
     assert all(row.tokens <= LENGTH and row.crops <= CROPS for row in rows)
     draws = planner.order.window(0, 64)
-    keys = [f"{planner.sources[d.source]}/{planner.shards.example(planner.sources[d.source], 'train', d.index).key}"
+    keys = [f"{planner.sources[d.source]}/{planner.shards.example(planner.sources[d.source], 'train', d.place).key}"
             for d in draws]  # fmt: skip
     assert sorted(sample.key for row in rows for sample in row.samples) == sorted(keys)
     assert [row.number for row in rows] == list(range(len(rows)))

@@ -84,6 +84,7 @@ def with_size(data: bytes, width: int, height: int) -> bytes:
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_too_many_pixels_are_refused_before_decoding(monkeypatch):
     called = []
     monkeypatch.setattr(image.simplejpeg, "decode_jpeg", lambda *_, **__: called.append(1))

@@ -21,7 +21,7 @@ def test_windows_follow_each_other_without_a_gap():
     draws = [draw for window in range(50) for draw in order().window(window, 32)]
     assert abs(len(draws) - 50 * 32) <= len(NAMES)
     for source, size in enumerate(SIZES):
-        mine = sorted((draw.visit, draw.index) for draw in draws if draw.source == source)
+        mine = sorted((draw.visit, draw.place) for draw in draws if draw.source == source)
         whole = len(mine) // size
         assert mine[: whole * size] == [(visit, index) for visit in range(whole) for index in range(size)]
         assert len(set(mine)) == len(mine)
@@ -45,7 +45,7 @@ def test_the_millionth_window_is_as_near_as_the_first():
 
 def test_visits_have_different_orders():
     only = MixtureOrder(("a",), (20,), (1.0,), 0)
-    visits = [[draw.index for draw in only.window(visit, 20)] for visit in range(3)]
+    visits = [[draw.place for draw in only.window(visit, 20)] for visit in range(3)]
     assert all(sorted(visit) == list(range(20)) for visit in visits)
     assert len(set(map(tuple, visits))) == 3
 
