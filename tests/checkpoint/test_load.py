@@ -89,12 +89,12 @@ def test_resume_on_the_same_layout_is_exact(pool, trained, tmp_path):
     ids=lambda layout: f"tp{layout.tensor}cp{layout.context}pp{layout.pipeline}dp{layout.data}",
 )
 def test_resume_on_another_layout(pool, trained, tmp_path, layout):
-    """Loading changes no bit of weights and moments; later losses differ by the order of sums only (measured 4e-7)."""
+    """Loading changes no bit of weights and moments; later losses differ by the order of sums only (measured 6e-8)."""
     directory, losses = trained
     steps = 4 if layout.context == 1 else 3  # the toy's attention knows no context parallelism: load and save only
     for found in pool(layout.world).run(resume, layout, directory / "iter_0000003", tmp_path, steps):
         assert found["differences"] == []
-        assert found["losses"] == pytest.approx(losses[3:steps], abs=1e-5)
+        assert found["losses"] == pytest.approx(losses[3:steps], abs=1e-6)
         assert found["rates"] == {tag: (rate, rate) for tag, rate in toy.RATES.items()}
 
 
