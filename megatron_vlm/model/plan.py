@@ -17,7 +17,7 @@ from megatron_vlm.model.mask import Mark, Places, places, visible
 #: Queries in a block that needs a mask. A mask holds QUERIES x keys numbers.
 QUERIES = 256
 #: Numbers of masks that a plan keeps per token of its row; masks beyond are made anew at each use.
-KEPT_PER_TOKEN = 1024
+KEPT_PER_TOKEN = 512
 #: Rows whose plans are kept: the layers of a few micro-batches in flight.
 ROWS = 16
 #: Added to the score of a key that may not be seen. Finite, so that a run of unseen keys gives no NaN in a kernel that

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.batch import Batch
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.parallel.layout import Layout
 from tests.model import tiny
@@ -16,7 +18,7 @@ ROWS = 4
 
 
 def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | None = None) -> dict[str, Any]:
-    """Runs on every rank. `options`: further settings, see tiny.config.
+    """Runs on every rank. `options`: further settings, see tiny.config; `quiet`: rows as without_images makes them.
 
     Returns the sum of this rank's weighted losses and the parts of the gradients that this rank answers for:
     (checkpoint name, whole shape, offset, values), of components that train; and the initial weights likewise.
@@ -33,7 +35,8 @@ def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | Non
     from megatron_vlm.parallel import context, groups
 
     groups.initialize(layout, seed=0, timeout_s=50)
-    options = options or {}
+    options = dict(options or {})
+    quiet = options.pop("quiet", False)
     models = build(tiny.config(arch, parallel=parallel, **options), layout)
     with torch.no_grad():
         # Initial weights are so small that the image hardly counts; times 8, its gradients have the size of the others.
@@ -43,6 +46,8 @@ def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | Non
     at = layout.coordinates(dist.get_rank())
     rows = list(range(at.data, ROWS, layout.data))
     batches = [tiny.batch(arch, [number], layout.crop_rank(dist.get_rank()), layout.crop_ranks) for number in rows]
+    if quiet:
+        batches = [without_images(batch) for batch in batches]
     wrapped = [
         DistributedDataParallel(models[0].config, DistributedDataParallelConfig(), model, disable_bucketing=index > 0)
         for index, model in enumerate(models)
@@ -78,6 +83,21 @@ def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | Non
             for parameter in model.parameters():
                 parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
     return {"loss": total.item() if speaks else 0.0, "gradients": parts(models), "weights": weights}
+
+
+def without_images(batch: Batch) -> Batch:
+    """Rows without crops, and with losses in their first third only: some ranks have nothing to do."""
+    weights = batch.loss_weights.clone()
+    weights[:, batch.tokens.shape[1] // 3 :] = 0
+    return dataclasses.replace(
+        batch,
+        tokens=batch.tokens.clamp(max=tiny.LANGUAGE.vocab_size - 1),
+        is_vision=torch.zeros_like(batch.is_vision),
+        loss_weights=weights,
+        crops=batch.crops[:0],
+        crop_counts=(0,) * len(batch.crop_counts),
+        windows=batch.windows[:0],
+    )
 
 
 def parts(models: list) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
@@ -116,6 +136,7 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     """Largest relative difference of a module's gradient, ||g - g'|| / ||g'||, and the module."""
     found, expected = by_module(found), by_module(expected)
     assert found.keys() == expected.keys()
+    assert all(expected[name].any() or not values.any() for name, values in found.items()), "a frozen module's gradient"
     return max(
         ((found[name] - values).norm().item() / values.norm().item(), name)
         for name, values in expected.items()

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlm.batch import PAD, PREFIX_BRANCH
 from megatron_vlm.model.mask import Mark
-from megatron_vlm.model.plan import Plan
+from megatron_vlm.model.plan import KEPT_PER_TOKEN, Plan
 from tests.model.test_mask import from_rule, row_of
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
@@ -104,4 +104,4 @@ def test_no_tensor_of_row_by_row_entries():
     print(f"largest tensor: {largest.numbers:,} numbers; S x S would be {s * s:,}")
     assert largest.numbers < s * s / 16
     kept = sum(block.kept.numel() for block in plan.blocks if block.kept is not None)
-    assert kept <= 1024 * s
+    assert kept <= KEPT_PER_TOKEN * s

@@ -23,6 +23,10 @@ CASES = {
         {"recompute": "full", **FROZEN_VISION, **DROPOUT},
         2,
     ),
+    # More ranks than key-value heads.
+    "tp4_sp": (tiny.ARCH, {"tensor": 4, "sequence": True}, {}, 4),
+    # Nothing to encode on any rank, no loss in the chunks of the later context rank.
+    "tp2_cp2_sp_quiet": (tiny.ARCH, {"tensor": 2, "context": 2, "sequence": True}, {"quiet": True}, 4),
     "dp2": (tiny.ARCH, {}, {}, 2),
     "dp2_frozen_vision": (tiny.ARCH, {}, FROZEN_VISION, 2),
     "cp2": (tiny.ARCH, {"context": 2}, {}, 2),
@@ -40,7 +44,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+#: What the others cover between them.
+SLOW = ("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "dp2_frozen_vision", "cp2", "pp2_tied_frozen")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])
 def test_one_step_equals_one_process(pool, case):
     arch, parallel, options, world = CASES[case]
     layout = Layout(world, *(parallel.get(name, 1) for name in ("tensor", "context", "pipeline", "virtual_pipeline")))
