@@ -155,10 +155,11 @@ class Loader:
         self._plans.shutdown(wait=False, cancel_futures=True)
 
     def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
+        before = state.get("of", {})
         different = [
-            f"{name} was {state['of'].get(name)!r} and is now {value!r}"
+            f"{name} was {before.get(name)!r} and is now {value!r}"
             for name, value in self._identity.items()
-            if state["of"].get(name) != value
+            if before.get(name) != value
         ]
         if different:
             raise ValueError(

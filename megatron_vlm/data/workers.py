@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.connection import wait
 
 import torch
 import torch.multiprocessing  # noqa: F401  (teaches multiprocessing to pass tensors through shared memory)
@@ -40,7 +42,7 @@ class Workers:
             )
         else:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="collate")
-            threads = min(THREADS, len(os.sched_getaffinity(0)))
+            threads = min(THREADS, os.cpu_count() or 1)
             self._images = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def submit(self, micro_batch: MicroBatch) -> Future[Batch]:
@@ -58,8 +60,17 @@ class Workers:
 
 def _start(collator: Collator) -> None:
     global _collator
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _collator = collator
+
+
+def _end_with_parent() -> None:
+    """A trainer that is killed cannot stop its workers, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _made(micro_batch: MicroBatch) -> Batch:

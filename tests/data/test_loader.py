@@ -97,6 +97,7 @@ def test_resume_gives_the_same_stream(folder):
         loader.close()
         again = steps(config(folder), 9 - stop, state=state)
         assert ledger(again) == ledger(reference[stop:])
+        assert ledger(steps(config(folder), 9 - stop, Share(1, 2), state=state)) == ledger(again), "another DP size"
         assert [rows_of(step) for step in again] == [rows_of(step) for step in reference[stop:]]
 
 
