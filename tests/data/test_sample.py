@@ -19,7 +19,7 @@ from PIL import Image
 
 from megatron_vlm.config.presets import PRESETS
 from megatron_vlm.data import sample, tokens, verify
-from megatron_vlm.data.bundled import dialogues, objects, questions, scenes, sources
+from megatron_vlm.data.bundled import dialogues, objects, questions, scenes, sources, stamps
 from megatron_vlm.data.bundled.photos import PHOTOS
 from megatron_vlm.data.example import Points
 from megatron_vlm.data.image import decode
@@ -292,6 +292,54 @@ def test_small_tokenizer_fits_tiny_and_gives_text_back(shards: Shards) -> None:
     for text in (PHOTOS[0].caption, '<points coords="1 1 103 540">red stars</points>', "Grüße, 你好 🙂"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("what color is the rectangle?")) <= 8
+
+
+@pytest.fixture
+def cutouts(tmp_path: Path) -> Path:
+    """A folder like that of tuxpaint-stamps-default: two dozen animals, and what is passed over."""
+    folder = tmp_path / "usr/share/tuxpaint/stamps"
+    for number in range(24):
+        image = Image.new("RGBA", (50, 30), (0, 0, 0, 0))
+        image.paste((10 * number, 0, 255, 255), (5, 5, 40, 25))
+        _stamp(folder / "animals" / f"a{number}", image, f"A beast {chr(97 + number)}.\nde.utf8=Ein Tier.")
+    _stamp(folder / "animals/opaque", Image.new("RGBA", (20, 20), "red"), "A block.")
+    _stamp(folder / "animals/shout", image, "Look at this wonderful large animal here!")
+    _stamp(folder / "animals/cartoon/c", image, "A cartoon.")
+    _stamp(folder / "symbols/s", image, "A sign.")
+    return tmp_path / "usr"
+
+
+def _stamp(stem: Path, image: Image.Image, caption: str) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    image.save(stem.with_suffix(".png"))
+    stem.with_suffix(".txt").write_text(caption)
+
+
+def test_cut_outs_take_the_place_of_drawn_objects(packages: Path, cutouts: Path, tmp_path: Path) -> None:
+    usable = stamps.load(cutouts)
+    assert {stamp.noun for stamp in usable} == {f"beast {chr(97 + number)}" for number in range(24)}
+    held_out = {stamp.noun for stamp in usable if stamp.held_out}
+    built = Shards(sample.build(tmp_path / "cache", counts=SMALL, cutouts=cutouts, say=lambda line: None))
+    assert built.directory != sample.build(tmp_path / "cache", counts=SMALL, say=lambda line: None)
+    assert "pointing_new" not in built.datasets and built.count("pointing", "train") == SMALL.train_scenes
+    for split in ("train", "test"):
+        for index in range(built.count("pointing", split)):
+            example = built.example("pointing", split, index)
+            pixels = decode(built.media(example.media[0].key), name=example.key)
+            for branch in example.branches:
+                answer = branch.turns[0].answer
+                assert isinstance(answer, Points)
+                assert (answer.label in held_out) == (split == "test")
+                assert answer.label == "animals" or len(answer.points) == 1
+                for _, x, y in answer.points:
+                    assert pixels[int(y * scenes.SIDE), int(x * scenes.SIDE), 2] > 240
+
+
+def test_folder_without_cut_outs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds 0 usable cut-outs"):
+        stamps.load(tmp_path)
+    with pytest.raises(ValueError, match="does not exist. `apt-get download"):
+        stamps.load(tmp_path / "none.deb")
 
 
 @pytest.mark.slow

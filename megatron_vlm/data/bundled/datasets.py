@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-from megatron_vlm.data.bundled import photos, questions, scenes
+from megatron_vlm.data.bundled import photos, questions, scenes, stamps
 from megatron_vlm.data.bundled.dialogues import dialogue
+from megatron_vlm.data.bundled.stamps import Stamp
 from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
 
 #: (data set, split, sample): what a builder hands on.
@@ -70,8 +71,13 @@ def photographs(files: Mapping[str, bytes], add_image: AddImage) -> Iterator[Ite
             yield dataset, photo.split, Example(f"{photo.name}/{style}", places, (media,))
 
 
-def composed(files: Mapping[str, bytes], add_image: AddImage, counts: Counts) -> Iterator[Item]:
-    """Scenes with their captions, places, counts and questions: one image, a sample in each of five data sets."""
+def composed(
+    files: Mapping[str, bytes], add_image: AddImage, counts: Counts, cutouts: Sequence[Stamp] = ()
+) -> Iterator[Item]:
+    """Scenes with their captions, places, counts and questions: one image, a sample in each of five data sets.
+
+    cutouts: objects are these instead of drawn ones.
+    """
     used = [photo for photo in photos.PHOTOS if photo.topic]
     scenery = {photo.name: _cut(_opened(files[photo.path]), photo.scenery) for photo in used}
     everywhere = [(photo.name, photo.topic) for photo in used]
@@ -84,7 +90,12 @@ def composed(files: Mapping[str, bytes], add_image: AddImage, counts: Counts) ->
     ):
         for index in range(count):
             key = f"{wanted if split == 'test' else split}/{index:05d}"
-            scene = scenes.plan(key, trained_on if split == "train" else everywhere, wanted)
+            ground = trained_on if split == "train" else everywhere
+            if cutouts:
+                if wanted != "new_kinds":  # every held-out cut-out is of a new kind already
+                    yield from _stamp_samples(stamps.plan(key, ground, cutouts, wanted), split, add_image, scenery)
+                continue
+            scene = scenes.plan(key, ground, wanted)
             media = (add_image(scenes.paint(scene, scenery)),)
             yield from _samples(scene, split, wanted, media)
 
@@ -101,6 +112,22 @@ def _samples(scene: scenes.Scene, split: str, wanted: str, media: tuple[Media, .
     yield "counting", split, Example(scene.key, questions.places("point_count", asked), media, info)
     yield "vqa", split, Example(scene.key, questions.questions(scene), media, info)
     yield "positions", split, Example(scene.key, questions.positions(scene), media, info)
+
+
+def _stamp_samples(
+    composed: stamps.Composed, split: str, add_image: AddImage, scenery: Mapping[str, Image.Image]
+) -> Iterator[Item]:
+    scene = composed.scene
+    media = (add_image(scenes.paint(scene, scenery, composed.picture)),)
+    labels = composed.labels()
+    for dataset, branches in (
+        ("captions", questions.captions(scene)),
+        ("pointing", questions.places("pointing", labels)),
+        ("counting", questions.places("point_count", labels)),
+        ("vqa", composed.questions()),
+        ("positions", questions.positions(scene)),
+    ):
+        yield dataset, split, Example(scene.key, branches, media, scene.info())
 
 
 def dialogues(counts: Counts) -> Iterator[Item]:

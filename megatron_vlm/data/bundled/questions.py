@@ -31,9 +31,7 @@ def captions(scene: Scene) -> tuple[Branch, ...]:
     total = len(scene.objects)
     opening = "There is one object" if total == 1 else f"There are {NUMBERS[total]} objects"
     long = f"{opening} on a piece of a photograph of {scene.topic}: {'; '.join(placed)}."
-    relations = [
-        f"The {' '.join(first)} is {word} the {' '.join(second)}." for first, second, word in _relations(groups)[:2]
-    ]
+    relations = [f"The {_name(first)} is {word} the {_name(second)}." for first, second, word in _relations(groups)[:2]]
     short = _joined(counted)
     return (
         Branch("long_caption", (Turn("", " ".join([long, *relations])),)),
@@ -85,13 +83,13 @@ def positions(scene: Scene) -> tuple[Branch, ...]:
     places (thousandths, as in points), what is at a place, where an object is in words."""
     draw = Draw(f"positions/{scene.key}")
     items = sorted(scene.objects, key=_thousandths)
-    listed = "; ".join(f"{_thousandths(item)} {item.color} {item.kind}" for item in items)
+    listed = "; ".join(f"{_thousandths(item)} {_name((item.color, item.kind))}" for item in items)
     asked = [("List every object with its place.", f"{listed}.")]
     for item in draw.shuffled(items)[:3]:
         asked.append((f"What is at {_thousandths(item)}?", f"{_amount((item.color, item.kind), 1).capitalize()}."))
     for pair, members in _by_pair(items).items():
         if len(members) == 1:
-            asked.append((f"Where is the {' '.join(pair)}?", f"{_place(members[0]).capitalize()}."))
+            asked.append((f"Where is the {_name(pair)}?", f"{_place(members[0]).capitalize()}."))
     return tuple(Branch("user_qa", (Turn(question, answer),)) for question, answer in asked)
 
 
@@ -111,7 +109,7 @@ def questions(scene: Scene) -> tuple[Branch, ...]:
         true = draw.chance(0.5)
         said = word if true else _OPPOSITE[word]
         asked.append(
-            (f"Is the {' '.join(first)} {said} the {' '.join(second)}?", "Yes." if true else f"No, it is {word} it.")
+            (f"Is the {_name(first)} {said} the {_name(second)}?", "Yes." if true else f"No, it is {word} it.")
         )
     chosen = draw.shuffled(asked)[:MOST_BRANCHES]
     return tuple(Branch("user_qa", (Turn(question, answer),)) for question, answer in chosen)
@@ -122,11 +120,11 @@ _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "be
 
 def _presence(draw: Draw, groups: dict[tuple[str, str], tuple[Placed, ...]]) -> tuple[str, str]:
     if draw.chance(0.5):
-        return f"Is there a {' '.join(draw.pick(sorted(groups)))}?".replace(" a orange", " an orange"), "Yes."
+        return f"Is there a {_name(draw.pick(sorted(groups)))}?".replace(" a orange", " an orange"), "Yes."
     while True:
         pair = (draw.pick(tuple(objects.COLORS)), draw.pick(objects.TRAIN_KINDS))
         if pair not in groups and pair not in objects.HELD_OUT_PAIRS:
-            return f"Is there a {' '.join(pair)}?".replace(" a orange", " an orange"), "No."
+            return f"Is there a {_name(pair)}?".replace(" a orange", " an orange"), "No."
 
 
 def _by_pair(items: Iterable[Placed]) -> dict[tuple[str, str], tuple[Placed, ...]]:
@@ -169,7 +167,12 @@ def _plural(pair: tuple[str, str]) -> str:
 def _amount(pair: tuple[str, str], count: int) -> str:
     if count > 1:
         return f"{NUMBERS[count]} {_plural(pair)}"
-    return f"{'an' if pair[0][0] in 'aeiou' else 'a'} {' '.join(pair)}"
+    return f"{'an' if _name(pair)[0] in 'aeiou' else 'a'} {_name(pair)}"
+
+
+def _name(pair: tuple[str, str]) -> str:
+    """`red star`; a cut-out has no colour."""
+    return " ".join(part for part in pair if part)
 
 
 def _joined(parts: Iterable[str]) -> str:

@@ -6,8 +6,9 @@ A scene is planned first (what, where, how large), as plain data, then painted. 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from PIL import Image
 
@@ -33,6 +34,7 @@ class Placed:
     """One object in a scene."""
 
     color: str
+    """Empty for a cut-out of a photograph."""
     kind: str
     x: int
     """A pixel on the object, near its centre of gravity."""
@@ -78,7 +80,7 @@ def plan(key: str, photos: Sequence[tuple[str, str]], wanted: str) -> Scene:
     placed: list[Placed] = []
     for color, kind in _groups(draw, wanted):
         for _ in range(1 + draw.weighted(MEMBERS)):
-            spot = _spot(draw, kind, placed)
+            spot = free_spot(draw, placed, DIAMETERS, partial(objects.anchor, kind))
             if spot is not None and len(placed) < MOST_OBJECTS:
                 placed.append(Placed(color, kind, *spot))
     return Scene(key, photo, topic, tuple(sorted(placed, key=lambda item: (item.color, item.kind, item.x, item.y))))
@@ -100,10 +102,12 @@ def _groups(draw: Draw, wanted: str) -> list[tuple[str, str]]:
     return chosen or _groups(draw, wanted)
 
 
-def _spot(draw: Draw, kind: str, placed: Sequence[Placed]) -> tuple[int, int, int, int, int] | None:
-    """x, y, left, top, diameter of a free place; None where 40 tries find none."""
+def free_spot(
+    draw: Draw, placed: Sequence[Placed], diameters: tuple[int, int], anchor: Callable[[int], tuple[int, int]]
+) -> tuple[int, int, int, int, int] | None:
+    """x, y, left, top, diameter of a free place; None where 40 tries find none. anchor: diameter -> the point in it."""
     for _ in range(40):
-        diameter = DIAMETERS[0] + draw.below(DIAMETERS[1] - DIAMETERS[0] + 1)
+        diameter = diameters[0] + draw.below(diameters[1] - diameters[0] + 1)
         left = 1 + draw.below(SIDE - diameter - 1)
         top = 1 + draw.below(SIDE - diameter - 1)
         apart = (
@@ -114,18 +118,23 @@ def _spot(draw: Draw, kind: str, placed: Sequence[Placed]) -> tuple[int, int, in
             for other in placed
         )
         if all(apart):
-            x, y = objects.anchor(kind, diameter)
+            x, y = anchor(diameter)
             return left + x, top + y, left, top, diameter
     return None
 
 
-def paint(scene: Scene, scenery: Mapping[str, Image.Image]) -> bytes:
+def drawn(item: Placed) -> Image.Image:
+    """A drawn object as it is pasted."""
+    return objects.picture(item.kind, item.color, item.diameter)
+
+
+def paint(scene: Scene, scenery: Mapping[str, Image.Image], picture: Callable[[Placed], Image.Image] = drawn) -> bytes:
     """The scene as a PNG. scenery: photo name -> the part of it that scenes may lie on."""
     draw = Draw(f"ground/{scene.key}")
     image = _ground(draw, scenery[scene.photo])
     for item in scene.objects:
-        picture = objects.picture(item.kind, item.color, item.diameter)
-        image.paste(picture, (item.left, item.top), picture)
+        pasted = picture(item)
+        image.paste(pasted, (item.left, item.top), pasted)
     return png(image)
 
 
