@@ -66,6 +66,9 @@ def speaks(error: str) -> bool:
 
 
 def leave() -> None:
-    """Close torch.distributed."""
+    """Close Megatron's groups and torch.distributed; nothing to do where they were never opened."""
     if dist.is_initialized():
+        from megatron_vlm.parallel import groups  # Megatron
+
+        groups.destroy()
         dist.destroy_process_group()

@@ -76,16 +76,16 @@ def _train(config: Config) -> int:
         layout = Layout.of(config.parallel, dist.get_world_size())
         groups.initialize(layout, backend=backend, seed=config.train.seed, timeout_s=process.TIMEOUT_S)
         loop.train(config, layout)
+        return 0
     except (ValueError, FloatingPointError) as error:
         if process.speaks(str(error)):
             _print_error(error)
-        process.leave()
         return 1
     except KeyboardInterrupt:
         print("Interrupted. Start the same command again to go on from the last checkpoint.", file=sys.stderr)
         return 130
-    process.leave()
-    return 0
+    finally:
+        process.leave()
 
 
 def _print_error(error: Exception) -> None:

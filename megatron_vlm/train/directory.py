@@ -82,7 +82,8 @@ def cut(log: Path, step: int) -> None:
     """Keep the lines of steps up to `step`; move what follows, an unfinished line included, to `<log>.cut`."""
     if not log.exists():
         return
-    kept, moved = [], []
+    kept: list[bytes] = []
+    moved: list[bytes] = []
     for line in log.read_bytes().splitlines(keepends=True):
         try:
             early = line.endswith(b"\n") and json.loads(line)["step"] <= step
@@ -98,7 +99,7 @@ def cut(log: Path, step: int) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions of the packages, of Python and of this code. Holds no environment variables."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -119,7 +120,7 @@ def _commit() -> str | None:
     """Commit of the code, with `+` where files differ from it; None outside a git checkout."""
     here = Path(__file__).parent
     try:
-        run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        run: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "."], **run).stdout
     except (OSError, subprocess.SubprocessError):

@@ -48,11 +48,11 @@ def _pairs(batch: Batch) -> torch.Tensor:
 
 
 class Reporter:
-    """Writes into a run directory, and to `out` for a person."""
+    """Writes into a run directory, and to `out` (default: standard output) for a person."""
 
-    def __init__(self, folder: Path, config: Config, start: int, out: TextIO = sys.stdout):
+    def __init__(self, folder: Path, config: Config, start: int, out: TextIO | None = None):
         """`start`: the step that the run goes on from; 0 = a new run."""
-        self.config, self.out = config, out
+        self.config, self.out = config, out or sys.stdout
         self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         self._ledger = open(folder / "ledger.jsonl", "a", encoding="utf-8")
         self._board: Any = None

@@ -17,6 +17,13 @@ LAYOUTS = {
     "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "cp2": (2, {"context": 2}),
 }
+FAST = (
+    ("tp2", "trainable_vision"),
+    ("tp2_sp", "trainable_vision"),
+    ("tp2_sp", "frozen_vision"),
+    ("dp2", "trainable_vision"),
+    ("pp2_vpp2", "trainable_vision"),
+)
 FROZEN = {"frozen_vision": ("vision", "base_embeddings"), "trainable_vision": ("base_embeddings",)}
 
 
@@ -46,8 +53,15 @@ def _close(found, wanted):
     }
 
 
-@pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize("layout", LAYOUTS)
+CASES = [
+    # The fast run has the layouts of one model replica in their hardest form.
+    pytest.param(layout, frozen, marks=[] if (layout, frozen) in FAST else [pytest.mark.slow], id=f"{layout}-{frozen}")
+    for layout in LAYOUTS
+    for frozen in FROZEN
+]
+
+
+@pytest.mark.parametrize(("layout", "frozen"), CASES)
 def test_losses_and_gradients_equal_those_of_one_process(layout, frozen, folder, reference, pool):
     world_size, parallel = LAYOUTS[layout]
     settings = world.config(folder, freeze=FROZEN[frozen], **parallel)
@@ -66,6 +80,7 @@ def test_losses_and_gradients_equal_those_of_one_process(layout, frozen, folder,
     assert wanted["losses"][-1] < wanted["losses"][0] - 0.3
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_result(folder, reference, pool):
     settings = world.config(folder)
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batch=4))

@@ -1,0 +1,166 @@
+"""The command as a person types it: what it prints, what it leaves behind, how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vlm.config import load
+from megatron_vlm.train import __main__ as command
+from tests.data import world as data
+
+ROOT = Path(__file__).parents[2]
+#: Keys of metrics.jsonl that differ between two equal runs.
+CLOCKS = ("step_time_s", "data_wait_s", "model_flops_per_s", "mfu", "eval_time_s")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("world")
+    data.build(path)
+    return path
+
+
+@pytest.fixture
+def recipe(folder, tmp_path):
+    """A recipe of six steps with checkpoints after 2, 4 and 6, and a held-out loss after 3 and 6."""
+    settings = load.to_dict(data.config(folder, sequence_length=192, max_crops=8, image_crops=2, window=32))
+    settings = {name: settings[name] for name in ("data", "train")}
+    settings["data"].pop("manifest")
+    settings["train"] |= {"steps": 6, "global_batch": 4}
+    settings |= {
+        "run": {"dir": str(tmp_path / "run"), "device": "cpu"},
+        "checkpoint": {"every": 2},
+        "eval": {"every": 3, "rows": 4},
+        "log": {"every": 1, "tensorboard": False},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings | {"data": settings["data"] | {"manifest": str(folder / "shards")}}))
+    return path
+
+
+def _metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+
+
+def _fails(capsys, *argv):
+    """The command's error: one paragraph on stderr, no traceback."""
+    assert command.main([str(word) for word in argv]) == 1
+    out = capsys.readouterr()
+    assert out.err.startswith("error: ") and "Traceback" not in out.err
+    return out.err
+
+
+def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys):
+    assert command.main([str(recipe)]) == 0
+    said = capsys.readouterr().out
+    run = tmp_path / "run"
+    assert said.startswith(f"New run in {run}, from random weights.\n") and "step 6/6" in said
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    promised = (
+        "step loss grad_norm lr_vision lr_connector lr_language tokens useful_tokens image_tokens crops fill "
+        "loss_weight step_time_s data_wait_s mfu skipped_samples loss/captions"
+    ).split()
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert all(set(promised) <= set(line) for line in metrics)
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [3, 6]
+    assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[0]["mfu"] is None
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in ledger] == [1, 2, 3, 4, 5, 6]
+    assert all({"window", "offset", "keys_hash", "skipped"} <= set(line) for line in ledger)
+    assert load.load(run / "config.yaml") == load.load(recipe)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iter_0000004", "iter_0000006", "latest"]
+    # A second start has nothing to do, and says so.
+    assert command.main([str(recipe)]) == 0
+    assert capsys.readouterr().out.startswith(f"Resuming {run} from step 6")
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_print_config_loads_back_equal(recipe, tmp_path, capsys):
+    assert command.main([str(recipe), "--print-config", "train.steps=7"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load.load(tmp_path / "printed.yaml") == load.load(recipe, ["train.steps=7"])
+
+
+def test_help_lists_settings(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "train.global_batch=8" in out and "optim.connector.warmup_steps" in out
+
+
+def test_errors_name_the_thing_and_the_next_move(recipe, tmp_path, capsys):
+    assert "did you mean train.steps?" in _fails(capsys, recipe, "train.stepps=3")
+    assert "tensor" in _fails(capsys, recipe, "parallel.tensor=2")  # one process
+    assert "holds no manifest.json" in _fails(capsys, recipe, f"data.manifest={tmp_path}")
+    assert "init.checkpoint=nowhere" in _fails(capsys, recipe, "init.checkpoint=nowhere")
+    assert "run.resume=must" in _fails(capsys, recipe, "run.resume=must")
+    assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+def test_a_run_directory_in_use_is_not_overwritten(recipe, tmp_path, capsys):
+    assert command.main([str(recipe), "train.steps=2"]) == 0
+    assert "run.resume=never" in _fails(capsys, recipe, "train.steps=2", "run.resume=never")
+    error = _fails(capsys, recipe, "train.steps=2", "optim.clip_norm=2", "data.seed=1")
+    assert "optim.clip_norm: was 1.0, is 2.0" in error and "data.seed: was 0, is 1" in error
+    assert "holds another model" in _fails(
+        capsys, recipe, f"run.dir={tmp_path / 'other'}", f"init.checkpoint={tmp_path / 'run'}", "model.connector=mlp"
+    )
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_next_stage_starts_from_the_weights_of_the_last(recipe, tmp_path, capsys):
+    assert command.main([str(recipe)]) == 0
+    last = _metrics(tmp_path / "run")[-1]
+    stage2 = [f"run.dir={tmp_path / 'stage2'}", f"init.checkpoint={tmp_path / 'run'}", "data.seed=5", "train.steps=2"]
+    assert command.main([str(recipe), *stage2]) == 0
+    assert f"from the weights of {tmp_path / 'run' / 'checkpoints' / 'iter_0000006'}" in capsys.readouterr().out
+    first = _metrics(tmp_path / "stage2")[0]
+    assert first["step"] == 1 and abs(first["loss"] - last["loss"]) < 0.7  # random weights: 1.5 above
+
+
+def _start(recipe, *overrides):
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_vlm.train", str(recipe), *overrides],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(recipe, tmp_path):
+    overrides = ("train.steps=9", "train.residual_dropout=0.1", "data.workers=1")
+    whole = _start(recipe, f"run.dir={tmp_path / 'whole'}", *overrides)
+    killed = _start(recipe, f"run.dir={tmp_path / 'killed'}", *overrides)
+    log, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 200
+    # Killed between the checkpoints of steps 4 and 6, when step 5 has been logged.
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=30)  # ends when its decoding workers have ended too: they hold the same output
+    assert whole.wait(timeout=200) == 0, whole.communicate()[0]
+    again = _start(recipe, f"run.dir={tmp_path / 'killed'}", *overrides)
+    said, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, said
+    assert said.startswith(f"Resuming {tmp_path / 'killed'} from step ")
+    assert _metrics(tmp_path / "killed") == _metrics(tmp_path / "whole")
+    ledgers = [(tmp_path / run / "ledger.jsonl").read_text() for run in ("killed", "whole")]
+    assert ledgers[0] == ledgers[1]
+    for name in ("iter_0000008", "iter_0000009"):
+        first, second = (
+            {path.name: path.read_bytes() for path in (tmp_path / run / "checkpoints" / name).glob("*.distcp")}
+            for run in ("killed", "whole")
+        )
+        assert first == second and first  # weights and optimizer, bit for bit

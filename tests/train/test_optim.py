@@ -1,0 +1,167 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.data import world as data
+from tests.train import world
+
+
+@pytest.fixture
+def trainer(tmp_path, one_rank):
+    """A stepper over real data, two steps short of anything, with weight decay 0.1."""
+    from megatron_vlm.config import presets
+    from megatron_vlm.data.loader import Loader
+    from megatron_vlm.model.build import build
+    from megatron_vlm.parallel.layout import Layout
+    from megatron_vlm.train import loop, optim
+    from megatron_vlm.train.step import Stepper
+
+    data.build(tmp_path, sizes={"captions": 6, "pointing": 3, "text": 2})
+    settings = world.config(tmp_path)
+    loader = Loader(settings, presets.architecture(settings.model), loop._share(Layout(1)))
+    models = optim.wrap(build(settings, Layout(1)), settings)
+    stepper = Stepper(models, optim.build(models, settings), settings, loader.sources)
+    yield stepper, next(iter(loader)).micro_batches
+    loader.close()
+
+
+def test_groups_hold_each_parameter_once_with_its_rate_and_decay(trainer):
+    from megatron_vlm.model.build import component_of
+    from megatron_vlm.train import optim
+
+    stepper, _ = trainer
+    rates = optim.set_learning_rates(stepper.optimizer, stepper.config, 1)
+    assert rates == {"vision": 5e-4, "connector": 5e-4, "language": 5e-4}
+    identities = [(group["wd_mult"], group["lr_mult"]) for group in stepper.optimizer.param_groups]
+    assert len(set(identities)) == len(identities)  # Megatron finds a group by these when it loads a checkpoint
+    counted = sum(parameter.numel() for group in stepper.optimizer.param_groups for parameter in group["params"])
+    (model,) = [wrapped.module for wrapped in stepper.models]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert counted == sum(parameter.numel() for parameter in trained.values())
+    decayed = {name for name, parameter in trained.items() if optim.decayed(name, parameter)}
+    assert not any(name.endswith((".bias", "layernorm.weight", "norm.weight")) for name in decayed)
+    assert "language.embedding.new_rows" not in decayed and not any("position" in name for name in decayed)
+    assert any("patch" in name for name in decayed) and "language.head.weight" in decayed
+    assert {component_of(name) for name in decayed} == {"vision", "connector", "language"}
+    weight_decays = {group["weight_decay"] for group in stepper.optimizer.param_groups}
+    assert weight_decays == {0.0, 0.1}
+
+
+def test_each_component_is_clipped_by_its_own_norm(trainer, monkeypatch):
+    from megatron_vlm.train import optim
+
+    stepper, micro_batches = trainer
+    before, after = {}, {}
+    clip = optim.clip
+
+    def norms(optimizer):
+        """Straight from the gradients, in another way than optim does."""
+        found = {}
+        for name, group in optim._named_groups(optimizer):
+            for parameter in group["params"]:
+                found[name] = found.get(name, 0.0) + parameter.grad.double().pow(2).sum().item()
+        return {name: math.sqrt(square) for name, square in found.items()}
+
+    def watched(optimizer, clip_norm):
+        before.update(norms(optimizer))
+        reported = clip(optimizer, clip_norm)
+        after.update(norms(optimizer))
+        return reported
+
+    monkeypatch.setattr(optim, "clip", watched)
+    stepper.config = dataclasses.replace(stepper.config, optim=dataclasses.replace(stepper.config.optim, clip_norm=6.0))
+    outcome = stepper.train(micro_batches, 1)
+    assert outcome.norms == pytest.approx(before, rel=1e-6)
+    assert min(before.values()) < 6.0 < max(before.values())  # one is clipped, one is not
+    assert after == pytest.approx({name: min(norm, 6.0) for name, norm in before.items()}, rel=1e-5)
+    assert outcome.grad_norm == pytest.approx(math.sqrt(sum(norm**2 for norm in before.values())))
+
+
+def test_a_batch_without_loss_weights_updates_nothing(trainer):
+    stepper, micro_batches = trainer
+    weights = {name: p.clone() for name, p in stepper.models[0].named_parameters()}
+    empty = [dataclasses.replace(batch, loss_weights=torch.zeros_like(batch.loss_weights)) for batch in micro_batches]
+    outcome = stepper.train(empty, 1)
+    assert outcome.weight == 0 and not outcome.norms and math.isnan(outcome.loss)
+    assert all(torch.equal(weights[name], p) for name, p in stepper.models[0].named_parameters())
+    assert stepper.train(micro_batches, 2).norms  # and the next one trains
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(trainer):
+    stepper, micro_batches = trainer
+    with torch.no_grad():
+        stepper.models[0].module.language.head.weight[5] = float("nan")
+    weights = {name: p.clone() for name, p in stepper.models[0].named_parameters()}
+    with pytest.raises(FloatingPointError, match="step 7 has no finite loss.*Nothing was updated"):
+        stepper.train(micro_batches, 7)
+    for name, parameter in stepper.models[0].named_parameters():
+        assert torch.equal(weights[name].nan_to_num(), parameter.nan_to_num())
+
+
+def test_loss_is_the_weighted_mean_of_the_token_losses(trainer):
+    stepper, micro_batches = trainer
+    rows = [
+        dataclasses.replace(
+            batch, loss_weights=batch.loss_weights * torch.linspace(0.1, 2, batch.loss_weights.shape[1])
+        )
+        for batch in micro_batches
+    ]
+    model = stepper.models[0].module.eval()
+    with torch.no_grad():
+        losses = torch.cat([model(batch) for batch in rows]).double()
+    weights = torch.cat([batch.loss_weights for batch in rows]).double()
+    sources = torch.cat([batch.sources for batch in rows])
+    outcome = stepper.evaluate(iter([rows]))
+    assert outcome.weight == pytest.approx(weights.sum().item(), rel=1e-6)
+    assert outcome.loss == pytest.approx((losses * weights).sum().item() / weights.sum().item(), rel=1e-6)
+    for index, name in enumerate(stepper.sources):
+        own = weights * (sources == index)
+        if own.sum():
+            assert outcome.losses[name] == pytest.approx((losses * own).sum().item() / own.sum().item(), rel=1e-6)
+    # Two halves, evaluated one after the other, are one batch.
+    assert stepper.evaluate(iter([[row] for row in rows])).loss == pytest.approx(outcome.loss, rel=1e-6)
+
+
+def _run(settings):
+    """`loop.train` on a rank of a pool."""
+    from megatron_vlm.parallel import groups
+    from megatron_vlm.parallel.layout import Layout
+    from megatron_vlm.train import loop
+
+    layout = Layout.of(settings.parallel, dist.get_world_size())
+    groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
+    loop.train(settings, layout)
+
+
+def test_a_run_stopped_on_one_layout_goes_on_on_another(tmp_path, pool):
+    import json
+
+    data.build(tmp_path)
+
+    def settings(name, steps, **parallel):
+        config = world.config(tmp_path, **parallel)
+        return dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, dir=str(tmp_path / name), device="cpu"),
+            train=dataclasses.replace(config.train, steps=steps, residual_dropout=0.1),
+            # Steps may change on resume only where the rates do not depend on them.
+            optim=dataclasses.replace(config.optim, schedule="constant"),
+            log=dataclasses.replace(config.log, tensorboard=False),
+        )
+
+    pool(1).run(_run, settings("whole", 6), timeout_s=120)
+    pool(2).run(_run, settings("changed", 2, tensor=2, sequence=True), timeout_s=120)
+    pool(2).run(_run, settings("changed", 4), timeout_s=120)
+    pool(1).run(_run, settings("changed", 6), timeout_s=120)
+    whole, changed = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "changed")
+    )
+    assert [line["step"] for line in changed] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm_vision", "grad_norm_connector", "grad_norm_language", "lr_vision"):
+        assert [line[key] for line in changed] == pytest.approx([line[key] for line in whole], rel=1e-5), key
+    ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "changed")]
+    assert ledgers[0] == ledgers[1]  # the same rows in the same order
