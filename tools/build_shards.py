@@ -62,7 +62,14 @@ def build(options: argparse.Namespace) -> None:
                         raise ValueError("\n".join(bad) + _advice(options.max_bad)) from error
     for fault in bad:
         print(f"left out: {fault}", file=sys.stderr)
-    _print_counts(Shards(options.out), len(bad))
+    shards = Shards(options.out)
+    _print_counts(shards, len(bad))
+    if options.held_out and not any(options.held_out_split in shards.splits(name) for name in shards.datasets):
+        print(
+            f"note: too few samples for --held-out {options.held_out:g}, none fell into {options.held_out_split!r}. "
+            "Raise it, or train with eval.every=0.",
+            file=sys.stderr,
+        )
 
 
 def check(options: argparse.Namespace) -> None:

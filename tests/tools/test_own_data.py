@@ -89,6 +89,12 @@ def test_held_out_samples_stay_held_out_when_data_are_added(folder: Path) -> Non
     assert kept <= set(again.keys("mine", "validation"))
 
 
+def test_a_share_that_holds_nothing_out_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, {"prompt": "a", "answer": "b"})
+    build(folder, "--held-out", "0.0001")
+    assert "none fell into 'validation'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
