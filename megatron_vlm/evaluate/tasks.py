@@ -91,7 +91,7 @@ def picture_prompt(
         first += layout.crops
     values = 3 * settings.geometry.patch_size**2
     return Prompt(
-        prefix=prefix_tokens(layouts, settings.tokenizer),
+        prefix=prefix_tokens(tuple(layouts), settings.tokenizer)[0].tolist(),
         questions=[settings.tokenizer.user_turn(text, first=True) for text in questions],
         crops=np.concatenate(parts) if parts else np.zeros((0, settings.geometry.patches, values), np.uint8),
         windows=np.concatenate(tables) if tables else np.zeros((0, 1), np.int64),
