@@ -43,8 +43,12 @@ class Synchronous(SaveShardedStrategy):
         torch_checkpoint.save(
             torch_format.mcore_to_pyt_state_dict(flat, False),
             storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=torch_format.MCoreSavePlanner(flatten_state_dict=False),
+            planner=self.planner(),
         )
+
+    def planner(self) -> torch_format.MCoreSavePlanner:
+        """Where the values come from: the tensors themselves. Conversion overrides it and reads them when needed."""
+        return torch_format.MCoreSavePlanner(flatten_state_dict=False)
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -60,12 +64,14 @@ def save(
     step: int,
     config: Config,
     state: dict[str, Any],
+    strategy: Synchronous | None = None,
 ) -> Path:
     """Write `directory`/iter_<step>, make it the latest, give its path. Every rank calls it with the same arguments.
 
     models:    one per virtual pipeline stage, in data-parallel wrappers or not.
     optimizer: Megatron's optimizer; None = weights only.
     state:     what else a resume needs, the same on all ranks, as JSON can hold it (ValueError otherwise).
+    strategy:  what writes the tensors; None = Synchronous().
     Writes under another name, reads every byte back, then renames; removes all but `config.checkpoint.keep`
     checkpoints. An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
     """
@@ -79,7 +85,7 @@ def save(
         writing = names.writing_path(directory, step)
         contents = sharded.build(models, optimizer, is_loading=False)
         with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
-            dist_checkpointing.save(contents, str(writing), Synchronous())
+            dist_checkpointing.save(contents, str(writing), strategy or Synchronous())
         with together("writing the checkpoint"):
             if rank == 0:
                 for name, text in documents.items():

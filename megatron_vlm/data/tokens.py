@@ -78,6 +78,11 @@ class Tokenizer:
             raise ValueError(f"data.tokenizer={str(setting)!r}: there is no file {path}.")
         return cls(path.read_text(encoding="utf-8"), language, name=str(path))
 
+    @property
+    def definition(self) -> str:
+        """The tokenizer.json."""
+        return self._definition
+
     def __getstate__(self) -> dict[str, Any]:
         return {"definition": self._definition, "language": self._language, "name": self._name}
 

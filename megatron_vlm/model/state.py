@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -68,12 +68,19 @@ def initialize(models: Iterable[MegatronModule], seed: int, std: float) -> None:
     for shard in shards(models):
         if shard.data.is_meta:
             continue
-        name = shard.key.rsplit(".", 1)[-1]
-        if name == "bias":
-            shard.data.zero_()
-        elif shard.data.dim() > 1 or name == "class_token":
-            digest = hashlib.blake2b(f"{seed}/{shard.key}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-            whole = torch.randn(shard.global_shape, generator=generator) * (std or shard.global_shape[-1] ** -0.5)
+        whole = initial(shard.key, shard.global_shape, seed, std)
+        if whole is not None:
             ends = zip(shard.global_offset, shard.local_shape, strict=True)
             shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ends)])
+
+
+def initial(key: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor | None:
+    """The whole initial value of a parameter, by its checkpoint name, float32; None = ones, as norms are built."""
+    name = key.rsplit(".", 1)[-1]
+    if name == "bias":
+        return torch.zeros(tuple(shape))
+    if len(shape) > 1 or name == "class_token":
+        digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return torch.randn(tuple(shape), generator=generator) * (std or shape[-1] ** -0.5)
+    return None

@@ -1,0 +1,199 @@
+"""A checkpoint of the trainer -> folders that transformers (and what builds on it) loads with no code of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.convert import card, configs, hf, names, processor
+from megatron_vlm.convert.hf import CONFIG, SHARD_BYTES, Planned
+from megatron_vlm.convert.names import Entry
+from megatron_vlm.convert.stored import Checkpoint
+from megatron_vlm.data.tokens import Tokenizer
+
+FORMATS = ("transformers", "hub", "parts", "language", "vision")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+Progress = Callable[[int, int], None]
+
+
+def send(
+    checkpoint: str | Path,
+    out: str | Path,
+    form: str = "transformers",
+    *,
+    dtype: str = "",
+    tokenizer: str = "",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, str]:
+    """Write a checkpoint's weights to the folder `out`. Gives the SHA-256 of each file.
+
+    form:      transformers (Molmo2, native names), hub (Molmo2, names of the released checkpoints), parts (language
+               model, vision tower and connector, each in a folder), language or vision (one of them alone).
+    dtype:     bf16 or fp32; empty = as stored.
+    tokenizer: tokenizer.json or its directory; empty = the one that the checkpoint's run used.
+    Raises ValueError where Molmo2's classes cannot hold the model, `out` exists, or the checkpoint is damaged.
+    """
+    out = Path(out)
+    if form not in FORMATS:
+        raise ValueError(f"--format {form} does not exist; choose one of {', '.join(FORMATS)}.")
+    if out.exists():
+        raise ValueError(f"{out} exists. Give a directory that does not, or remove this one.")
+    source = Checkpoint(checkpoint)
+    arch = source.arch
+    total = sum(torch.Size(shape).numel() for shape in source.shapes.values())
+    done = 0
+    wanted = DTYPES[dtype] if dtype else None
+
+    def folder(path: Path, tensors: list[Planned], documents: dict[str, str]) -> dict[str, str]:
+        nonlocal done, total
+        total = max(total, sum(torch.Size(each.shape).numel() for each in tensors))
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total * (wanted or next(iter(source.dtypes.values()))).itemsize)
+
+        return hf.write(path, tensors, documents, shard_bytes=shard_bytes, progress=advance)
+
+    name = _TORCH_NAMES[wanted or source.dtypes["language.decoder.final_layernorm.weight"]]
+    settings = source.record.config.get("data", {})
+    if form in ("language", "vision"):
+        return folder(out, *_single(source, form, wanted, name, tokenizer or settings.get("tokenizer", "")))
+    if form == "parts":
+        return _parts(source, out, folder, wanted, name, tokenizer or settings.get("tokenizer", ""))
+    _check_molmo2(arch)
+    which = "native" if form == "transformers" else "hub"
+    config = configs.native_config(arch, name) if which == "native" else configs.hub_config(arch, name)
+    documents = {
+        CONFIG: _json(config),
+        **processor.tokenizer_files(tokenizer or settings.get("tokenizer", ""), arch),
+        **processor.processor_files(arch, settings.get("image_crops", 8)),
+        "README.md": card.molmo2(source, name, settings.get("image_crops", 8)),
+    }
+    return folder(out, _planned(source, which, names.entries(arch), wanted), documents)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _check_molmo2(arch: Architecture) -> None:
+    """Raises ValueError with what Molmo2's classes in transformers do not compute."""
+    faults = {
+        f"its connector is {arch.connector.kind}": arch.connector.kind != "attention_pooling",
+        "its connector reads the last vision layer after its norm": not arch.connector.taps,
+        "its vision tower has a class token (CLIP)": arch.vision.class_token,
+        "its language model has no norm on queries and keys (Qwen2.5)": not arch.language.qk_norm,
+    }
+    found = [fault for fault, is_so in faults.items() if is_so]
+    if found:
+        raise ValueError(
+            f"this model is no Molmo2: {'; '.join(found)}. Export it with --format parts: language model, vision tower "
+            "and connector in a folder each."
+        )
+
+
+def _planned(source: Checkpoint, form: str, entries: Iterable[Entry], wanted: torch.dtype | None) -> list[Planned]:
+    """The tensors of a format. Raises ValueError where the checkpoint lacks one or has it in another shape."""
+    planned = []
+    for entry in entries:
+        if form not in entry.cells:
+            continue
+        for key, shape in entry.stored("megatron").items():
+            if source.shapes.get(key) != shape:
+                raise ValueError(
+                    f"{source.path}: {key} is {source.shapes.get(key, 'missing')}, its architecture.json makes it "
+                    f"{shape}."
+                )
+        dtype = wanted or source.dtypes[next(iter(entry.stored("megatron")))]
+        for key, shape in entry.stored(form).items():
+            planned.append(Planned(key, dtype, shape, _maker(source, entry, form, key, dtype)))
+    return planned
+
+
+def _maker(source: Checkpoint, entry: Entry, form: str, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: entry.tensors(form, entry.parts("megatron", source.read))[key].to(dtype)
+
+
+def _single(
+    source: Checkpoint, part: str, wanted: torch.dtype | None, dtype: str, tokenizer: str
+) -> tuple[list[Planned], dict[str, str]]:
+    """The language model or the vision tower alone: (tensors, documents)."""
+    arch = source.arch
+    table = [entry for entry in names.entries(arch) if entry.part == part]
+    if part == "language":
+        # A tied head is not stored: the class ties it.
+        tensors = _planned(source, "qwen", [entry for entry in table if not entry.copy], wanted)
+        documents = {CONFIG: _json(configs.qwen_config(arch.language, dtype))}
+        if tokenizer:
+            documents["tokenizer.json"] = Tokenizer.load(tokenizer, arch.language).definition
+        return tensors, {**documents, "README.md": card.part(source, part, dtype)}
+    form = "clip" if arch.vision.class_token else "siglip"
+    tensors = [
+        Planned(f"vision_model.{each.key}", each.dtype, each.shape, each.make)
+        for each in _planned(source, form, table, wanted)
+    ]
+    stored = {each.key for each in tensors}
+    if "vision_model.post_layernorm.weight" not in stored:
+        # The class has a last norm, which this model never had: one that changes nothing but the scale.
+        kind, shape = tensors[0].dtype, (arch.vision.width,)
+        for leaf, value in (("weight", 1.0), ("bias", 0.0)):
+            make = _constant(shape, value, kind)
+            tensors.append(Planned(f"vision_model.post_layernorm.{leaf}", kind, shape, make))
+    documents = {
+        CONFIG: _json(configs.tower_config(arch, dtype)),
+        "preprocessor_config.json": _json(processor.tower_preprocessor(arch.vision)),
+        "README.md": card.part(source, part, dtype),
+    }
+    return tensors, documents
+
+
+def _constant(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: torch.full(shape, value, dtype=dtype)
+
+
+def _parts(
+    source: Checkpoint,
+    out: Path,
+    folder: Callable[..., dict[str, str]],
+    wanted: torch.dtype | None,
+    dtype: str,
+    tokenizer: str,
+) -> dict[str, str]:
+    """Three folders. The connector keeps our names and layouts, which its README explains."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writing = out.with_name(f".writing-{out.name}-{uuid.uuid4().hex[:8]}")
+    digests = {}
+    try:
+        for part in ("language", "vision"):
+            found = folder(
+                writing / part, *_single(source, part, wanted, dtype, tokenizer if part == "language" else "")
+            )
+            digests.update({f"{part}/{name}": digest for name, digest in found.items()})
+        own = [key for key in source.shapes if key.startswith("connector.") or key == names.NEW_ROWS]
+        tensors = [
+            Planned(key, kind, source.shapes[key], _reader(source, key, kind))
+            for key in own
+            for kind in [wanted or source.dtypes[key]]
+        ]
+        documents = {CONFIG: _json(source.record.architecture), "README.md": card.connector(source, dtype)}
+        found = folder(writing / "connector", tensors, documents)
+        digests.update({f"connector/{name}": digest for name, digest in found.items()})
+        os.rename(writing, out)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return digests
+
+
+def _reader(source: Checkpoint, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: source.read(key).to(dtype)
