@@ -1,4 +1,6 @@
-"""Greedy answers to questions about images, without a cache: each round predicts one more token of every open answer.
+"""Greedy answers to questions about images: each round predicts one more token of every open answer.
+
+Images are encoded once; the decoder has no cache and reads everything again each round.
 
 Questions about one image share it: they are branches of one example, so one forward serves them all, and several
 examples are packed into a row. Finished answers leave the row, waiting examples take their place. One process only.
@@ -7,7 +9,7 @@ examples are packed into a row. Finished answers leave the row, waiting examples
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,10 +36,11 @@ class Prompt:
 class _Open:
     """A prompt whose answers are being written. `open`: questions without an end yet."""
 
-    index: int
     prompt: Prompt
     answers: list[list[int]]
-    open: list[int] = field(default_factory=list)
+    open: list[int]
+    features: torch.Tensor | None = None
+    """(placeholders, hidden), once the prompt is running."""
 
     def tokens(self) -> int:
         return len(self.prompt.prefix) + sum(len(self.prompt.questions[q]) + len(self.answers[q]) for q in self.open)
@@ -60,17 +63,21 @@ def generate(
     progress:   told the number of prompts just finished.
     """
     answers: list[list[list[int]]] = [[[] for _ in prompt.questions] for prompt in prompts]
-    waiting = [_Open(i, p, answers[i], list(range(len(p.questions)))) for i, p in enumerate(prompts)][::-1]
+    waiting = [_Open(prompt, said, list(range(len(said)))) for prompt, said in zip(prompts, answers, strict=True)][::-1]
     running: list[_Open] = []
     model.eval()
     with torch.no_grad():
         while waiting or running:
             used = sum(item.tokens() for item in running)
-            while waiting and (not running or used + waiting[-1].tokens() <= row_tokens):
-                running.append(waiting.pop())
-                used += running[-1].tokens()
+            fresh: list[_Open] = []
+            while waiting and (not running and not fresh or used + waiting[-1].tokens() <= row_tokens):
+                fresh.append(waiting.pop())
+                used += fresh[-1].tokens()
+            _encode(model, fresh, tokenizer, device)
+            running += fresh
             batch, ends = _row(running, tokenizer)
-            logits = model(batch.to(device), logits_at=torch.tensor(ends, device=device))
+            images = torch.cat([item.features for item in running if item.features is not None])
+            logits = model(batch.to(device), logits_at=torch.tensor(ends, device=device), images=images)
             following = iter(logits.argmax(dim=-1).tolist())
             for item in running:
                 for question in list(item.open):
@@ -85,8 +92,18 @@ def generate(
     return answers
 
 
-def _row(items: Sequence[_Open], tokenizer: Tokenizer) -> tuple[Batch, list[int]]:
-    """One row of all items, and the places of the last token of every open answer."""
+def _encode(model: torch.nn.Module, items: Sequence[_Open], tokenizer: Tokenizer, device: torch.device | str) -> None:
+    """Give each item its features; all items of a round go through the tower together."""
+    if not items:
+        return
+    batch, _ = _row(items, tokenizer, pixels=True)
+    placeholders = [list(item.prompt.prefix).count(tokenizer.im_patch) for item in items]
+    for item, features in zip(items, model.encode(batch.to(device)).split(placeholders), strict=True):
+        item.features = features
+
+
+def _row(items: Sequence[_Open], tokenizer: Tokenizer, *, pixels: bool = False) -> tuple[Batch, list[int]]:
+    """One row of all items, with or without their crops, and the places of the last token of every open answer."""
     tokens: list[int] = []
     positions: list[int] = []
     branches: list[int] = []
@@ -105,11 +122,11 @@ def _row(items: Sequence[_Open], tokenizer: Tokenizer) -> tuple[Batch, list[int]
             branches += [question] * len(said)
             ends.append(len(tokens) - 1)
         examples += [number] * (len(tokens) - len(examples))
-        table = item.prompt.windows
+        table = item.prompt.windows if pixels else item.prompt.windows[:0]
         windows.append(np.where(table == PAD, PAD, table + first_patch))
         first_patch += item.prompt.crops.shape[0] * item.prompt.crops.shape[1]
     ids = torch.tensor(tokens)[None]
-    crops = np.concatenate([item.prompt.crops for item in items])
+    crops = np.concatenate([item.prompt.crops if pixels else item.prompt.crops[:0] for item in items])
     batch = Batch(
         tokens=ids,
         targets=torch.zeros_like(ids),

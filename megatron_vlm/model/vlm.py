@@ -58,8 +58,19 @@ class VlmModel(MegatronModule):
         self.post_process = language.decoder.post_process
         self.share_embeddings_and_output_weights = arch.language.tied_head
 
-    def forward(self, batch: Batch, logits_at: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, batch: Batch) -> torch.Tensor:
+        """Features (n x q, hidden) of the images, in the order of their placeholders. First stage only."""
+        assert self.vision is not None and self.connector is not None, "only the first stage sees images"
+        return features.encode(
+            self.vision, self.connector, batch.crops, batch.windows, batch.crop_counts, self.crop_group
+        )
+
+    def forward(
+        self, batch: Batch, logits_at: torch.Tensor | None = None, images: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run this stage on a micro-batch.
+
+        `images`: what `encode` gave for it, where it is known already (generation); its crops are not looked at then.
 
         Out, before the last stage: hidden states (t, b, hidden) for the next one. On the last: (b, t) float32,
         cross-entropy + z_loss x logsumexp^2 where the loss weight is not 0 (not multiplied by it), else 0. With
@@ -68,11 +79,9 @@ class VlmModel(MegatronModule):
         """
         hidden = None
         if self.pre_process:
-            assert self.vision is not None and self.connector is not None and self.language.embedding is not None
+            assert self.language.embedding is not None
             # 1. Encode crops, pool and project.
-            images = features.encode(
-                self.vision, self.connector, batch.crops, batch.windows, batch.crop_counts, self.crop_group
-            )
+            images = self.encode(batch) if images is None else images
             # 2. Embed ids.
             hidden = self.language.embedding(batch.tokens)
             # 3. Add image features at their placeholders.

@@ -10,7 +10,7 @@ from megatron_vlm.batch import PREFIX_BRANCH
 from megatron_vlm.evaluate.generate import Prompt, generate
 
 EOS, VOCABULARY, PATCH = 0, 50, 60
-TOKENIZER = SimpleNamespace(eos=EOS, vision_ids=frozenset([PATCH]))
+TOKENIZER = SimpleNamespace(eos=EOS, im_patch=PATCH, vision_ids=frozenset([PATCH]))
 
 
 class Arithmetic(torch.nn.Module):
@@ -20,14 +20,18 @@ class Arithmetic(torch.nn.Module):
         super().__init__()
         self.calls = []
 
-    def forward(self, batch, logits_at):
+    def encode(self, batch):
+        patches = batch.crops.reshape(-1, batch.crops.shape[-1])
+        return torch.tensor([[patches[[p for p in window if p >= 0]].sum()] for window in batch.windows.tolist()])
+
+    def forward(self, batch, logits_at, images):
         tokens, examples, branches = (table[0].tolist() for table in (batch.tokens, batch.examples, batch.branches))
         positions = batch.positions[0].tolist()
         assert batch.is_vision[0].tolist() == [token == PATCH for token in tokens]
         self.calls.append(len(tokens))
-        patches = batch.crops.reshape(-1, batch.crops.shape[-1])
-        features = iter([int(sum(patches[p].sum() for p in window if p >= 0)) for window in batch.windows.tolist()])
-        values = [token + 1000 * next(features) if token == PATCH else token for token in tokens]
+        features = iter(images.flatten().tolist())
+        values = [token + 1000 * int(next(features)) if token == PATCH else token for token in tokens]
+        assert next(features, None) is None
         logits = torch.zeros(len(logits_at), VOCABULARY)
         for row, end in enumerate(logits_at.tolist()):
             state = 7
