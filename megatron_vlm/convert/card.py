@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.convert.names import depth
+from megatron_vlm.convert.entries import depth
 from megatron_vlm.convert.stored import Checkpoint
 
 

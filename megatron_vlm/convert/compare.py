@@ -11,9 +11,10 @@ import torch
 
 from megatron_vlm.config import presets
 from megatron_vlm.config.architecture import Architecture
-from megatron_vlm.convert import configs, importing, names, probe
-from megatron_vlm.convert.hf import CONFIG, DTYPES, Shape, read_json
-from megatron_vlm.convert.importing import Source
+from megatron_vlm.convert import configs, probe
+from megatron_vlm.convert.entries import Shape, entries
+from megatron_vlm.convert.hf import CONFIG, DTYPES, read_json
+from megatron_vlm.convert.plan import Source, has, plan, with_head
 from megatron_vlm.convert.stored import Checkpoint
 
 #: Which part of a model a format holds; the others hold all.
@@ -47,7 +48,7 @@ class Side:
         if fields["model_type"] == "molmo2":
             form, arch = configs.molmo2(fields, where)
             source = Source.open(path, form)
-            arch = importing.with_head(source, arch)
+            arch = with_head(source, arch)
             parts = {name: getattr(arch, name) for name in ("vision", "connector", "language")}
         elif fields["model_type"] in ("qwen2", "qwen3"):
             form, parts = "qwen", {"language": configs.language(fields, where)}
@@ -81,15 +82,15 @@ class Side:
         part = PART.get(self.form)
         shapes: dict[str, Shape] = {}
         dtypes: dict[str, torch.dtype | str] = {}
-        for entry in names.entries(arch):
+        for entry in entries(arch):
             if self.form in entry.cells and part in (None, entry.part) and not entry.copy:
                 for key, shape in entry.stored("megatron").items():
-                    if importing.has(self.form, entry, key):
+                    if has(self.form, entry, key):
                         shapes[key] = shape
                         stored = next(iter(entry.stored(self.form)))
                         dtypes[key] = self.tensors[stored][1] if stored in self.tensors else "missing"
-        plan = importing.plan(arch, [self.source], shapes, 0)
-        return {key: (shape, dtypes[key]) for key, shape in shapes.items()}, plan.make
+        made = plan(arch, [self.source], shapes, 0)
+        return {key: (shape, dtypes[key]) for key, shape in shapes.items()}, made.make
 
 
 def tensors(one: Side, other: Side, progress: Callable[[int], None] = lambda done: None) -> Iterator[str]:

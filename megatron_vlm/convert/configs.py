@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> our Architecture. Whatever our model would compute otherwise is refused by name."""
+"""Hugging Face's config.json -> our Architecture. Whatever our model would compute otherwise is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from megatron_vlm.config.architecture import (
 )
 from megatron_vlm.config.presets import CLIP_VIT_L_336, HALF, PRESETS, architecture
 from megatron_vlm.config.schema import ModelConfig
-from megatron_vlm.convert.names import depth
 
 Fields = Mapping[str, Any]
 #: Fields of an architecture that weights do not depend on: two models that differ only in them are the same here.
@@ -29,7 +28,7 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
 _VISION_SIZES = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224
 }  # fmt: skip
-_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
 def _is(where: str, fields: Fields, **wanted: Any) -> None:
@@ -101,7 +100,7 @@ def vision(fields: Fields, where: str, preprocessor: Fields | None = None) -> tu
             "resolution) and clip are converted."
         )
     fields = {**_VISION_SIZES, **_VISION_DEFAULTS[kind], **fields}
-    _is(where, fields, hidden_act=tuple(_ACTIVATIONS), num_channels=3)
+    _is(where, fields, hidden_act=tuple(ACTIVATIONS), num_channels=3)
     clip = kind == "clip"
     usual = (CLIP_VIT_L_336.mean, CLIP_VIT_L_336.std) if clip else (HALF, HALF)
     mean, std = (
@@ -117,7 +116,7 @@ def vision(fields: Fields, where: str, preprocessor: Fields | None = None) -> tu
         heads=fields["num_attention_heads"],
         mlp=fields["intermediate_size"],
         layers=fields["num_hidden_layers"],
-        activation=_ACTIVATIONS[fields["hidden_act"]],
+        activation=ACTIVATIONS[fields["hidden_act"]],
         norm_eps=fields["layer_norm_eps"],
         class_token=clip,
         pre_norm=clip,
@@ -140,7 +139,7 @@ def molmo2(fields: Fields, where: str) -> tuple[str, Architecture]:
     _is(where, text, rope_scaling_layers=(None, layers), attention_bias=False, qkv_bias=False)
     _is(where, adapter, hidden_act="silu", attention_bias=True, mlp_bias=False, pooling_attention_mask=True)
     _is(where, adapter, image_feature_dropout=0.0, attention_dropout=0.0)
-    _is(where, tower, hidden_act=tuple(_ACTIVATIONS), attention_bias=True, num_channels=3)
+    _is(where, tower, hidden_act=tuple(ACTIVATIONS), attention_bias=True, num_channels=3)
     size = tower.get("image_default_input_size") or tower.get("image_size") or [378, 378]
     patch = tower.get("image_patch_size") or tower.get("patch_size") or 14
     if len(set(size)) > 1:
@@ -157,7 +156,7 @@ def molmo2(fields: Fields, where: str) -> tuple[str, Architecture]:
         VisionArchitecture(
             image_size=size[0] // patch * patch, patch_size=patch, width=tower["hidden_size"],
             heads=tower["num_attention_heads"], mlp=tower["intermediate_size"], layers=tower["num_hidden_layers"],
-            activation=_ACTIVATIONS[tower.get("hidden_act", "gelu_pytorch_tanh")],
+            activation=ACTIVATIONS[tower.get("hidden_act", "gelu_pytorch_tanh")],
             norm_eps=tower.get("layer_norm_eps", 1e-6), class_token=False, pre_norm=False, post_norm=True,
             patch_bias=True, mean=HALF, std=HALF,
         ),
@@ -231,201 +230,3 @@ def settings(
         f"no preset is this model. The nearest, {best[1]}, differs in (source / preset): {'; '.join(best[0])}. "
         "Add a preset to config/presets.py, or check the source's config.json."
     )
-
-
-def _common(arch: Architecture, dtype: str) -> dict[str, Any]:
-    return {
-        "architectures": ["Molmo2ForConditionalGeneration"],
-        "model_type": "molmo2",
-        "dtype": dtype,
-        "initializer_range": 0.02,
-        # The embedding has the new rows and the head has not, so they are never one tensor in these files.
-        "tie_word_embeddings": False,
-    }
-
-
-def _molmo2_text(arch: LanguageArchitecture) -> dict[str, Any]:
-    return {
-        "hidden_size": arch.hidden,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.kv_heads,
-        "head_dim": arch.head_dim,
-        "intermediate_size": arch.mlp,
-        "vocab_size": arch.vocab_size,
-        "additional_vocab_size": arch.new_rows,
-        "max_position_embeddings": arch.max_positions,
-        "hidden_act": "silu",
-        "qk_norm_type": "qwen3",
-        "norm_after": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "model_type": "molmo2_text",
-    }
-
-
-def _heads(width: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "head_dim": width // heads,
-    }
-
-
-def native_config(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """config.json of Molmo2 for transformers' own class."""
-    tower, connector, text = arch.vision, arch.connector, arch.language
-    ids = {
-        "image_start_token_id": "<im_start>",
-        "image_end_token_id": "<im_end>",
-        "image_patch_id": "<im_patch>",
-        "low_res_image_start_token_id": "<low_res_im_start>",
-        "frame_start_token_id": "<frame_start>",
-        "frame_end_token_id": "<frame_end>",
-    }
-    return {
-        **_common(arch, dtype),
-        **{field: arch.token_id(name) for field, name in ids.items()},
-        "text_config": {
-            **_molmo2_text(text),
-            "attention_bias": False,
-            "rms_norm_eps": text.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
-        },
-        "vision_config": {
-            **_heads(tower.width, tower.heads),
-            "model_type": "molmo2_vision",
-            "num_hidden_layers": depth(arch),
-            "intermediate_size": tower.mlp,
-            "hidden_act": _activation(tower),
-            "layer_norm_eps": tower.norm_eps,
-            "image_size": [tower.image_size, tower.image_size],
-            "patch_size": tower.patch_size,
-            "num_position_embeddings": tower.patches,
-            "attention_bias": True,
-            "num_channels": 3,
-        },
-        "adapter_config": {
-            **_heads(connector.width, connector.heads),
-            "model_type": "molmo2_adapter",
-            "vision_feature_layer": list(connector.taps),
-            "intermediate_size": connector.mlp,
-            "text_hidden_size": text.hidden,
-            "hidden_act": "silu",
-            "attention_bias": True,
-            "mlp_bias": False,
-        },
-    }
-
-
-def hub_config(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """config.json of Molmo2 as the released checkpoints have it (without their remote code, which is not needed)."""
-    tower, connector, text = arch.vision, arch.connector, arch.language
-    ids = {
-        "image_start_token_id": "<im_start>",
-        "image_end_token_id": "<im_end>",
-        "image_patch_id": "<im_patch>",
-        "image_high_res_id": "<im_patch>",
-        "image_col_id": "<im_col>",
-        "low_res_image_start_token_id": "<low_res_im_start>",
-        "image_low_res_id": "<im_low>",
-        "frame_start_token_id": "<frame_start>",
-        "frame_end_token_id": "<frame_end>",
-    }
-    return {
-        **_common(arch, dtype),
-        **{field: arch.token_id(name) for field, name in ids.items()},
-        "use_frame_special_tokens": True,
-        "text_config": {
-            **_molmo2_text(text),
-            "layer_norm_eps": text.norm_eps,
-            "rope_theta": text.rope_theta,
-            "rope_scaling": None,
-            "rope_scaling_layers": None,
-            "qkv_bias": False,
-            "use_qk_norm": True,
-        },
-        "vit_config": {
-            **_heads(tower.width, tower.heads),
-            "model_type": "molmo2",
-            "num_hidden_layers": tower.layers,
-            "intermediate_size": tower.mlp,
-            "hidden_act": _activation(tower),
-            "layer_norm_eps": tower.norm_eps,
-            "image_default_input_size": [tower.image_size, tower.image_size],
-            "image_patch_size": tower.patch_size,
-            "image_num_pos": tower.patches,
-            "attention_dropout": 0.0,
-            "residual_dropout": 0.0,
-            "float32_attention": True,
-        },
-        "adapter_config": {
-            **_heads(connector.width, connector.heads),
-            "model_type": "molmo2",
-            "vit_layers": [tap - tower.layers for tap in connector.taps],
-            "pooling_attention_mask": True,
-            "intermediate_size": connector.mlp,
-            "text_hidden_size": text.hidden,
-            "hidden_act": "silu",
-            "image_feature_dropout": 0.0,
-            "attention_dropout": 0.0,
-            "residual_dropout": 0.0,
-            "float32_attention": True,
-        },
-    }
-
-
-def qwen_config(arch: LanguageArchitecture, dtype: str) -> dict[str, Any]:
-    """config.json of the language model alone, as Qwen3 or Qwen2.5."""
-    name = "Qwen3" if arch.qk_norm else "Qwen2"
-    fields = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": name.lower(),
-        "dtype": dtype,
-        "hidden_size": arch.hidden,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.kv_heads,
-        "head_dim": arch.head_dim,
-        "intermediate_size": arch.mlp,
-        "vocab_size": arch.vocab_size,
-        "max_position_embeddings": arch.max_positions,
-        "rms_norm_eps": arch.norm_eps,
-        "rope_theta": arch.rope_theta,
-        "tie_word_embeddings": arch.tied_head,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-    }
-    if arch.qk_norm:
-        fields["attention_bias"] = False
-    return fields
-
-
-def tower_config(arch: Architecture, dtype: str) -> dict[str, Any]:
-    """config.json of the vision tower alone, as SigLIP or CLIP, with the layers that our model has."""
-    tower = arch.vision
-    kind = "CLIP" if tower.class_token else "Siglip"
-    fields = {
-        "architectures": [f"{kind}VisionModel"],
-        "model_type": f"{kind.lower()}_vision_model",
-        "dtype": dtype,
-        "hidden_size": tower.width,
-        "intermediate_size": tower.mlp,
-        "num_hidden_layers": depth(arch),
-        "num_attention_heads": tower.heads,
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "num_channels": 3,
-        "hidden_act": _activation(tower),
-        "layer_norm_eps": tower.norm_eps,
-    }
-    if not tower.class_token:
-        fields["vision_use_head"] = False
-    return fields
-
-
-def _activation(arch: VisionArchitecture) -> str:
-    return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == arch.activation)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from megatron_vlm.config.architecture import Architecture
-from megatron_vlm.convert import card, configs, hf, names, processor
+from megatron_vlm.convert import card, describe, hf, names, processor
+from megatron_vlm.convert.entries import Entry
+from megatron_vlm.convert.entries import entries as table
 from megatron_vlm.convert.hf import CONFIG, SHARD_BYTES, Planned
-from megatron_vlm.convert.names import Entry
 from megatron_vlm.convert.stored import Checkpoint
 from megatron_vlm.data.tokens import Tokenizer
 
@@ -73,14 +74,14 @@ def send(
         return _parts(source, out, folder, wanted, name, tokenizer or settings.get("tokenizer", ""))
     _check_molmo2(arch)
     which = "native" if form == "transformers" else "hub"
-    config = configs.native_config(arch, name) if which == "native" else configs.hub_config(arch, name)
+    config = describe.native(arch, name) if which == "native" else describe.hub(arch, name)
     documents = {
         CONFIG: _json(config),
         **processor.tokenizer_files(tokenizer or settings.get("tokenizer", ""), arch),
         **processor.processor_files(arch, settings.get("image_crops", 8)),
         "README.md": card.molmo2(source, name, settings.get("image_crops", 8)),
     }
-    return folder(out, _planned(source, which, names.entries(arch), wanted), documents)
+    return folder(out, _planned(source, which, table(arch), wanted), documents)
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -130,18 +131,18 @@ def _single(
 ) -> tuple[list[Planned], dict[str, str]]:
     """The language model or the vision tower alone: (tensors, documents)."""
     arch = source.arch
-    table = [entry for entry in names.entries(arch) if entry.part == part]
+    mine = [entry for entry in table(arch) if entry.part == part]
     if part == "language":
         # A tied head is not stored: the class ties it.
-        tensors = _planned(source, "qwen", [entry for entry in table if not entry.copy], wanted)
-        documents = {CONFIG: _json(configs.qwen_config(arch.language, dtype))}
+        tensors = _planned(source, "qwen", [entry for entry in mine if not entry.copy], wanted)
+        documents = {CONFIG: _json(describe.qwen(arch.language, dtype))}
         if tokenizer:
             documents["tokenizer.json"] = Tokenizer.load(tokenizer, arch.language).definition
         return tensors, {**documents, "README.md": card.part(source, part, dtype)}
     form = "clip" if arch.vision.class_token else "siglip"
     tensors = [
         Planned(f"vision_model.{each.key}", each.dtype, each.shape, each.make)
-        for each in _planned(source, form, table, wanted)
+        for each in _planned(source, form, mine, wanted)
     ]
     stored = {each.key for each in tensors}
     if "vision_model.post_layernorm.weight" not in stored:
@@ -151,7 +152,7 @@ def _single(
             make = _constant(shape, value, kind)
             tensors.append(Planned(f"vision_model.post_layernorm.{leaf}", kind, shape, make))
     documents = {
-        CONFIG: _json(configs.tower_config(arch, dtype)),
+        CONFIG: _json(describe.tower(arch, dtype)),
         "preprocessor_config.json": _json(processor.tower_preprocessor(arch.vision)),
         "README.md": card.part(source, part, dtype),
     }

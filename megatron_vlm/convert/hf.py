@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-Shape = tuple[int, ...]
+from megatron_vlm.convert.entries import Shape
+
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 #: Formats that are pickles: loading one can run code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -67,7 +67,9 @@ def samples(arch: Architecture, *, images: bool = True, seed: int = 0) -> list[S
     for sizes, lengths in EXAMPLES:
         if sizes and not images:
             continue
-        prefix, cut, windows, layouts = [_word(arch, random)], [], [], []
+        prefix, layouts = [_word(arch, random)], []
+        cut: list[np.ndarray] = []
+        windows: list[np.ndarray] = []
         for height, width in sizes:
             pixels = _picture(round(height * geometry.crop_pixels), round(width * geometry.crop_pixels), random)
             layout = image_layout(pixels.shape[1], pixels.shape[0], geometry)

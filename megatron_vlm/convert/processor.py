@@ -79,7 +79,9 @@ def tokenizer_files(setting: str, arch: Architecture) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"the model's tokenizer: {error} Give one with --tokenizer.") from None
     definition = json.loads(tokenizer.definition)
-    added = definition["added_tokens"]
+    # Those that an export has added are added again.
+    added = [token for token in definition["added_tokens"] if token["content"] not in NEW_TOKENS]
+    definition["added_tokens"] = added
     ids = {token["id"] for token in added} | set(definition["model"]["vocab"].values())
     used = max(ids) + 1
     if len(ids) != used:

@@ -17,7 +17,7 @@ from megatron_vlm.config.architecture import (
     LanguageArchitecture,
     VisionArchitecture,
 )
-from megatron_vlm.convert.hf import Shape
+from megatron_vlm.convert.entries import Shape
 
 
 class _Reader(torch_checkpoint.FileSystemReader):

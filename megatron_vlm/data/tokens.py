@@ -35,6 +35,10 @@ class Tokenizer:
         try:
             parsed = json.loads(definition)
             added = {token["content"]: int(token["id"]) for token in parsed["added_tokens"]}
+            # The tokenizer of a Molmo2 export holds them already; elsewhere the model brings them.
+            for row, token in enumerate(NEW_TOKENS):
+                if added.get(token) == language.vocab_size + row:
+                    del added[token]
             # Without its added tokens the library has no strings to look for: everything is plain text.
             plain = dict(parsed, added_tokens=[], post_processor=None, truncation=None, padding=None)
             self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))

@@ -9,7 +9,8 @@ import torch
 
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config, ModelConfig
-from megatron_vlm.convert import configs, names
+from megatron_vlm.convert import describe
+from megatron_vlm.convert.entries import entries
 from tests.convert import world
 from tests.torchvision import declare_operators
 
@@ -34,7 +35,7 @@ def test_released_checkpoints_have_706_tensors_of_the_published_sizes(preset):
     counted = dict.fromkeys(PUBLISHED[preset], 0)
     stored = [
         (key, shape)
-        for entry in names.entries(presets.PRESETS[preset])
+        for entry in entries(presets.PRESETS[preset])
         if "hub" in entry.cells
         for key, shape in entry.stored("hub").items()
     ]
@@ -63,7 +64,7 @@ def test_the_table_fills_every_tensor_of_our_model_once(preset):
     with importing.alone():
         _, shapes = importing.empty_model(Config(model=ModelConfig(preset=preset)))
     table: dict[str, tuple[int, ...]] = {}
-    for entry in names.entries(presets.PRESETS[preset]):
+    for entry in entries(presets.PRESETS[preset]):
         if not entry.copy:
             assert not table.keys() & entry.stored("megatron").keys()
             table |= entry.stored("megatron")
@@ -79,10 +80,10 @@ def test_native_names_and_shapes_are_those_of_transformers(preset):
 
     arch = presets.PRESETS[preset]
     with torch.device("meta"):
-        model = Molmo2ForConditionalGeneration(Molmo2Config(**configs.native_config(arch, "float32")))
+        model = Molmo2ForConditionalGeneration(Molmo2Config(**describe.native(arch, "float32")))
     table = {
         key: shape
-        for entry in names.entries(arch)
+        for entry in entries(arch)
         if "native" in entry.cells
         for key, shape in entry.stored("native").items()
     }
@@ -94,7 +95,7 @@ def test_names_of_parts_are_those_of_transformers(arch):
     for model, form in ((world.qwen(arch), "qwen"), (world.tower(arch), "clip" if arch is world.CLIP else "siglip")):
         found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         table = {}
-        for entry in names.entries(arch):
+        for entry in entries(arch):
             if form in entry.cells:
                 table |= entry.stored(form)
         assert {key: found.get(key) for key in table} == table
@@ -102,7 +103,7 @@ def test_names_of_parts_are_those_of_transformers(arch):
 
 def test_parts_come_back_from_every_format():
     for arch in (world.ARCH, world.TIED, world.CLIP):
-        for entry in names.entries(arch):
+        for entry in entries(arch):
             parts = [torch.randn(shape) for shape in entry.shapes]
             for form in entry.cells:
                 stored = entry.tensors(form, parts)
