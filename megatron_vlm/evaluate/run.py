@@ -169,7 +169,7 @@ def _pointing(samples: Sequence[Example], said: Sequence[Sequence[str]]) -> Poin
 def _shown(task: Task, one: Example) -> str:
     branch = one.branches[0]
     answer = branch.turns[0].answer
-    return points.write(answer, branch.style) if isinstance(answer, Points) else answer
+    return points.write(answer, branch.style) if isinstance(answer, Points) else str(answer)
 
 
 def markdown(reports: Sequence[Report]) -> str:

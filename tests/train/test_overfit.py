@@ -28,7 +28,7 @@ def test_ten_samples_are_learnt_by_heart_and_generated_again(tmp_path, one_rank)
             writer.add(Example(str(number), (Branch("user_qa", (Turn(QUESTION, text),)),), (media,)), "ten", "train")
     (tmp_path / "tokenizer.json").write_text(data.definition())
     (tmp_path / "mixture.yaml").write_text("groups: {all: {rate: 1.0, members: [ten]}}")
-    steps, rates = 120, ComponentOptimConfig(lr=3e-3, min_lr=1e-4, warmup_steps=5)
+    steps, rates = 75, ComponentOptimConfig(lr=3e-3, min_lr=1e-4, warmup_steps=5)
     settings = data.config(
         tmp_path,
         train={"steps": steps, "global_batch": 1, "micro_batch": 1},
