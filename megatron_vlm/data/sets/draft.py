@@ -1,0 +1,64 @@
+"""What a reader makes of a row: a sample whose media are still names. `resolve.py` finds the media and makes Examples.
+
+A draft's points may be in pixels: only the file knows its size. Its key follows from its media, so that rows about the
+same image can be put together wherever they stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_vlm.data.example import Branch, Clip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image or a video that a row names. What is known of it: its bytes, its address, or where it should lie."""
+
+    kind: str = "image"
+    """image | video."""
+    url: str = ""
+    """http(s) address; tools/download_data.py stores it by the address's hash."""
+    path: str = ""
+    """File below the folder of the data set's media, for sets whose files are got by hand."""
+    data: bytes = b""
+    """The file itself, where the rows hold it."""
+    sha256: str = ""
+    """Of the content, where the data set publishes it."""
+    id: str = ""
+    """The name that a table of addresses (Entry.addresses) knows it by."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for two names of the same file, as far as the rows tell."""
+        if self.data:
+            return hashlib.sha256(self.data).hexdigest()
+        return self.sha256 or self.url or f"{self.kind}:{self.path or self.id}"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sample, or a piece of one: drafts of equal `identity` are branches of one sample."""
+
+    branches: tuple[Branch, ...]
+    media: tuple[Reference, ...] = ()
+    in_pixels: bool = False
+    """x and y of the points are pixels of the file, not fractions."""
+    clip: Clip | None = None
+    """Part of the video that the sample is about; times in answers count from its beginning."""
+    part: str = ""
+    """Parts with other names about the same media are samples of their own."""
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """32 hex digits: of the media and the clip; of the text where there is no media."""
+        if self.media:
+            known: Iterable[object] = [*(medium.identity for medium in self.media), self.clip]
+        else:
+            known = self.branches
+        digest = hashlib.sha256("\n".join(map(repr, known)).encode()).hexdigest()[:32]
+        return f"{digest}-{self.part}" if self.part else digest

@@ -1,0 +1,229 @@
+"""The table: text, and images with captions, questions and places. See entry.py for how to add a data set.
+
+Hub ids and columns are those of the releases as the design's reference knows them; `unverified` says what is not.
+"""
+
+from __future__ import annotations
+
+from megatron_vlm.data.sets.captions import captions
+from megatron_vlm.data.sets.conversations import chat, fixed_answers, tagged, tulu
+from megatron_vlm.data.sets.entry import Entry
+from megatron_vlm.data.sets.places import image_points, multi_image_points, question_points
+from megatron_vlm.data.sets.questions import question_pairs, questions
+
+TRAIN_VALIDATION = {"train": "train", "validation": "validation"}
+TRAIN_VAL = {"train": "train", "validation": "val"}
+SCHEMA = "column names"
+COCO = "COCO 2014 images (train2014/) from https://cocodataset.org"
+ROBUST_READING = "annotations and images from https://rrc.cvc.uab.es (registration)"
+
+_TULU = {"messages": "messages", "first_message_tokens": "first_message_qwen3_tokens"}
+
+
+def _points(method: str) -> Entry:
+    """PixMo-Points, the part that was collected by `method`."""
+    return Entry(image_points, hub="allenai/pixmo-points", files=("data/{split}-*.parquet", "{split}-*.parquet"),
+                 where={"collection_method": method})  # fmt: skip
+
+
+def _cosyn(kind: str, style: str, *, explained: bool = True) -> Entry:
+    return Entry(question_pairs, hub="allenai/CoSyn-400K", config=kind, splits=TRAIN_VALIDATION, one_tree=False,
+                 options={"style": style, "explained": explained})  # fmt: skip
+
+
+def _cosyn_documents(kind: str) -> Entry:
+    """Several images; rows with more than five are left out."""
+    return Entry(question_pairs, hub="allenai/Molmo2-SynMultiImageQA", config=kind, one_tree=False,
+                 options={"style": f"cosyn_multidoc_{kind}_exp", "explained": True, "max_images": 5})  # fmt: skip
+
+
+def _mantis(part: str) -> Entry:
+    return Entry(chat, hub=f"allenai/molmo2-mantis-instruct-{part}", one_tree=False,
+                 columns={"messages": "conversation"},
+                 options={"style": "mantis_instruct", "min_images": 2, "max_images": 5},
+                 unverified="repository; columns are TIGER-Lab/Mantis-Instruct's")  # fmt: skip
+
+
+def _coco(hub: str, style: str, choice_style: str = "", **columns: str) -> Entry:
+    """Questions about COCO images that rows name by number."""
+    path = "train2014/COCO_train2014_{image_id:012d}.jpg"
+    return Entry(questions, hub=hub, columns=columns, media="coco", by_hand=COCO, unverified=SCHEMA,
+                 options={"style": style, "choice_style": choice_style, "path": path})  # fmt: skip
+
+
+CAPTIONS_AND_TALK = {
+    "pixmo_cap": Entry(captions, hub="allenai/pixmo-cap"),
+    "pixmo_cap_with_transcripts": Entry(captions, hub="allenai/pixmo-cap", options={"transcripts": True}),
+    "pixmo_ask_model_anything": Entry(questions, hub="allenai/pixmo-ask-model-anything", options={"style": "user_qa"}),
+    "pixmo_cap_qa_as_user_qa": Entry(tagged, hub="allenai/pixmo-cap-qa"),
+    "pixmo_multi_image_qa_multi_only_max5": Entry(  # Molmo2-MultiImageQA
+        question_pairs,
+        hub="allenai/Molmo2-MultiImageQA",
+        splits=TRAIN_VALIDATION,
+        options={"style": "correction_qa", "min_images": 2, "max_images": 5},
+    ),
+    "tulu4": Entry(
+        tulu, hub="allenai/molmo2-tulu4-classified", columns=_TULU, one_tree=False, options={"max_first_tokens": 4096}
+    ),
+    "tulu4_max_2304": Entry(
+        tulu, hub="allenai/molmo2-tulu4-classified", columns=_TULU, one_tree=False, options={"max_first_tokens": 2304}
+    ),
+    # The text of the educational recipe; its rows are not classified, so nothing is left out.
+    "tulu3": Entry(
+        chat,
+        hub="allenai/tulu-3-sft-mixture",
+        one_tree=False,
+        options={"style": "text_sft", "with_media": False},
+    ),
+    "molmo2_hardcodes": Entry(fixed_answers, hub="allenai/molmo2-hardcodes", one_tree=False),
+    # Clocks are rendered on these photos upstream for evaluation; no released mixture trains on them.
+    "pixmo_clocks": Entry(
+        questions,
+        hub="allenai/pixmo-clocks",
+        splits={"test": "train"},
+        columns={"answer": "time", "question": "question"},
+        options={"style": "user_qa"},
+        evaluation_only=True,
+        unverified=SCHEMA,
+    ),
+}
+
+PLACES = {
+    "pixmo_points_train": _points("pointing"),
+    "pixmo_points_high_freq_train": _points("counting"),
+    "pixmo_count_train": Entry(
+        image_points,
+        hub="allenai/pixmo-count",
+        splits={"train": "train", "validation": "validation", "test": "test"},
+        options={"in_pixels": True},
+    ),
+    "cosyn_point": Entry(question_points, hub="allenai/CoSyn-point", splits=TRAIN_VALIDATION, one_tree=False),
+    "pixmo_multi_points": Entry(  # Molmo2-MultiImagePoint
+        multi_image_points,
+        hub="allenai/Molmo2-MultiImagePoint",
+        unverified="nesting of `points`: taken as label, image, place. Upstream reads molmo2-pixmo-multi-points.",
+    ),
+}
+
+ACADEMIC = {
+    "coco_2014_vqa_multi": _coco("allenai/molmo2-vqa2-2014", "vqa2", answer="answers"),
+    "okvqa": _coco("allenai/molmo2-okvqa", "okvqa", answer="answers"),
+    "a_okvqa_mc": _coco(
+        "allenai/molmo2-a-ok-vqa", "a_okvqa_mc", "a_okvqa_mc", options="choices", answer_index="correct_choice_idx"
+    ),
+    "a_okvqa_da": _coco("allenai/molmo2-a-ok-vqa", "a_okvqa_da", answer="direct_answers"),
+    "text_vqa": Entry(
+        questions,
+        hub="allenai/molmo2-text-vqa",
+        splits=TRAIN_VALIDATION,
+        columns={"answer": "answers"},
+        options={"style": "text_vqa", "path": "{image_id}.jpg"},
+        by_hand="TextVQA images from https://textvqa.org/dataset",
+        unverified=SCHEMA,
+    ),
+    "tally_qa": Entry(
+        questions,
+        hub="allenai/molmo2-tally-qa",
+        options={"style": "tally_qa"},
+        by_hand=f"{COCO}, and Visual Genome's",
+        unverified=SCHEMA,
+    ),
+    # Upstream weighs people's questions against synthetic ones; here each question counts the same.
+    "chart_qa_weighted": Entry(
+        questions,
+        hub="HuggingFaceM4/ChartQA",
+        splits=TRAIN_VAL,
+        columns={"question": "query", "answer": "label"},
+        options={"style": "chart_qa"},
+    ),
+    "doc_qa": Entry(
+        questions,
+        files=("{split}_v1.0_withQT.json", "{split}_v1.0.json"),
+        within="data",
+        splits=TRAIN_VAL,
+        columns={"answer": "answers", "image_path": "image"},
+        options={"style": "doc_qa"},
+        by_hand=f"DocVQA task 1: {ROBUST_READING}",
+    ),
+    "info_qa": Entry(
+        questions,
+        files=("infographicsVQA_{split}_v1.0*.json",),
+        within="data",
+        splits=TRAIN_VAL,
+        columns={"answer": "answers", "image_path": "image_local_name", "image_url": "-"},
+        options={"style": "info_qa"},
+        by_hand=f"InfographicVQA: {ROBUST_READING}",
+    ),
+    "st_qa": Entry(
+        questions,
+        files=("{split}_task_3.json",),
+        within="data",
+        columns={"answer": "answers", "image_path": "file_path"},
+        options={"style": "st_qa"},
+        by_hand=f"Scene Text VQA task 3: {ROBUST_READING}",
+    ),
+    "ai2_diagram_v2_mix_transparent": Entry(
+        questions,
+        files=("{split}.jsonl",),
+        options={"style": "ai2_diagram"},
+        by_hand="AI2D from https://registry.opendata.aws/allenai-diagrams, one line a question: image, question, "
+        "options, answer; upstream draws the letters on half of the images",
+        unverified="the lines' form is ours",
+    ),
+    "science_qa_img": Entry(
+        questions,
+        hub="derek-thomas/ScienceQA",
+        splits=TRAIN_VALIDATION,
+        columns={"options": "choices"},
+        options={"style": "science_qa"},
+    ),
+    "tabwmp_da": Entry(
+        questions,
+        files=("problems_{split}.json",),
+        options={"style": "tabwmp_da", "path": "tables/{key}.png"},
+        by_hand="TabMWP from https://github.com/lupantech/PromptPG",
+    ),
+    "dv_qa": Entry(
+        questions,
+        files=("{split}_qa.json",),
+        columns={"image_path": "image", "image": "-"},
+        options={"style": "dv_qa"},
+        by_hand="DVQA from https://github.com/kushalkafle/DVQA_dataset",
+    ),
+    "figure_qa": Entry(
+        questions,
+        files=("{split}1/qa_pairs.json",),
+        within="qa_pairs",
+        columns={"question": "question_string"},
+        options={"style": "figure_qa", "answers": {0: "No", 1: "Yes"}, "path": "train1/png/{image_index}.png"},
+        by_hand="FigureQA from https://www.microsoft.com/en-us/research/project/figureqa-dataset",
+    ),
+    "plot_qa": Entry(
+        questions,
+        files=("{split}/qa_pairs_V2.json", "{split}/qa_pairs_V1.json"),
+        within="qa_pairs",
+        columns={"question": "question_string"},
+        options={"style": "plot_qa", "path": "train/png/{image_index}.png"},
+        by_hand="PlotQA from https://github.com/NiteshMethani/PlotQA",
+    ),
+    "gqa": Entry(  # educational recipe only
+        questions,
+        files=("{split}_balanced_questions.json",),
+        splits=TRAIN_VAL,
+        options={"style": "gqa", "path": "images/{imageId}.jpg"},
+        by_hand="GQA from https://cs.stanford.edu/people/dorarad/gqa/download.html",
+    ),
+    "mantis_instruct_llava_665k_multi_multi_only": _mantis("llava_665k_multi"),
+    "mantis_instruct_nlvr2_multi_only": _mantis("nlvr2"),
+    "mantis_instruct_spot-the-diff_multi_only": _mantis("spot-the-diff"),
+}
+
+SYNTHETIC = {
+    **{f"cosyn_{kind}_exp": _cosyn(kind, f"cosyn_{kind}_exp")
+       for kind in ("chart", "chemical", "diagram", "math", "music", "table")},
+    "cosyn_document": _cosyn("document", "cosyn_document", explained=False),
+    **{f"cosyn_multidoc_{kind}_exp": _cosyn_documents(kind)
+       for kind in ("chart", "chemical", "diagram", "doc", "music", "table")},
+}  # fmt: skip
+
+IMAGES: dict[str, Entry] = {**CAPTIONS_AND_TALK, **PLACES, **ACADEMIC, **SYNTHETIC}

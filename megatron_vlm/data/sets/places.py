@@ -1,0 +1,144 @@
+"""Families of pointing: places in one image, in several, in a video. Counts follow from the places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megatron_vlm.data.example import Branch, Clip, Point, Points, Turn
+from megatron_vlm.data.keyed import generator
+from megatron_vlm.data.sets.draft import Draft
+from megatron_vlm.data.sets.row import Row
+
+#: Molmo2 leaves out labels with more places than this.
+MAX_POINTS = 60
+#: Annotators click past the edge: so far outside (share of the side) a place is moved onto it. Farther is an error.
+TOLERANCE = 0.02
+#: Share of the requests about several images that name all of them.
+ALL_IMAGES_SHARE = 0.5
+#: Videos are annotated at two frames a second.
+GRID_S = 0.5
+
+
+def image_points(
+    row: Row, *, styles: Sequence[str] = ("point_count", "pointing"), in_pixels: bool = False
+) -> Iterator[Draft]:
+    """All places of `label` in an image: `points` as [{x, y}] or {x: [], y: []}, in percent or in pixels of the file.
+
+    styles: a sample for each; Molmo2 asks each label for its count and for its places.
+    """
+    scale = 1.0 if in_pixels else 100.0
+    places = tuple(Point(1, x / scale, y / scale) for x, y in pairs(row, "points"))
+    if len(places) > MAX_POINTS:
+        return
+    if not in_pixels:
+        places = tuple(inside(row, place) for place in places)
+    label, media = _label(row), row.media()
+    for style in styles:
+        branch = Branch(style, (Turn(label, Points(label, places)),))
+        yield Draft((branch,), media, in_pixels=in_pixels, part=style)
+
+
+def question_points(row: Row, *, style: str = "cosyn_point") -> Iterator[Draft]:
+    """CoSyn-point: `questions`, for each of them `answer_points` {x: [], y: []} in percent and a name in `names`."""
+    branches = []
+    asked, answers, names = row.items("questions"), row.items("answer_points"), row.items("names")
+    for question, answer, name in zip(asked, answers, names, strict=True):
+        found = tuple(inside(row, Point(1, x / 100, y / 100)) for x, y in pairs(Row({"points": answer}), "points"))
+        if len(found) <= MAX_POINTS:
+            branches.append(Branch(style, (Turn(str(question).strip(), Points(str(name).strip(), found)),)))
+    if branches:
+        yield Draft(tuple(branches), row.media())
+
+
+def multi_image_points(row: Row) -> Iterator[Draft]:
+    """Several `images` and `labels`; `points` holds for each label and each image a list of places in percent. Half of
+    the requests are about all images, the others name some of them; half ask for the count too."""
+    media = row.media()
+    branches = []
+    for label, by_image in zip(row.items("labels"), row.items("points"), strict=True):
+        label = str(label).strip().lower()
+        rng = generator("images", media[0].identity, label)
+        chosen = list(range(1, len(media) + 1))
+        where = "in all images" if len(media) > 1 else "in the image"
+        if len(media) > 1 and rng.random() >= ALL_IMAGES_SHARE:
+            chosen = sorted(rng.sample(chosen, rng.randint(1, len(media) - 1)))
+            where = "in " + ", ".join(f"image_{number}" for number in chosen)
+        found = tuple(
+            inside(row, Point(number, x / 100, y / 100))
+            for number in chosen
+            for x, y in pairs(Row({"points": by_image[number - 1]}), "points")
+        )
+        if len(found) > MAX_POINTS:
+            continue
+        style = rng.choice(("multi_image_pointing", "multi_image_point_then_count"))
+        verb = "Point to" if style == "multi_image_pointing" else "Point to and count"
+        branches.append(Branch(style, (Turn(f"{verb} the {label} {where}.", Points(label, found)),)))
+    if branches:
+        yield Draft(tuple(branches), media)
+
+
+def video_points(
+    row: Row, *, min_count: int = 0, max_count: int = MAX_POINTS, max_clip_s: float = 63.0, path: str = ""
+) -> Iterator[Draft]:
+    """Places of `label` in a video: `timestamps` (seconds of the file) and for each of them `points` [{x, y}] in
+    percent, in a clip from `start` to `end`. Asked by its `question` for the count, or by its label for the places.
+
+    Left out: rows that the annotator was unsure of, with a number of places outside min_count .. max_count, and clips
+    longer than max_clip_s.
+    """
+    if row.get("annotator_unsure") is True:
+        return
+    times, by_time = row.items("timestamps"), row.items("points")
+    span = row.span()
+    begin, end = span or (0.0, None)
+    count = sum(len(places) for places in by_time)
+    if not min_count <= count <= max_count or (end is not None and end - begin > max_clip_s):
+        return
+    found = []
+    for time, places in zip(times, by_time, strict=True):
+        at = round((float(time) - begin) / GRID_S) * GRID_S
+        if at < 0 or (end is not None and at > end - begin):
+            raise ValueError(f"a place is at {time} s, outside the clip from {begin} to {end} s.")
+        found += [inside(row, Point(at, x / 100, y / 100)) for x, y in pairs(Row({"points": places}), "points")]
+    label, media = _label(row), row.media(path)
+    rng = generator("video_points", media[0].identity, label)
+    style = rng.choice(("video_point_count", "video_point"))
+    asked = row.text("question") if style == "video_point_count" and row.get("question") else label
+    clip = Clip(begin, end) if span else None
+    yield Draft((Branch(style, (Turn(asked, Points(label, tuple(found))),)),), media, clip=clip)
+
+
+def pairs(row: Row, name: str) -> list[tuple[float, float]]:
+    """Places as [{x, y}], [[x, y]] or {x: [], y: []}; [] where there are none. ValueError for anything else."""
+    value = row.get(name)
+    if isinstance(value, Mapping):
+        value = list(zip(value.get("x") or [], value.get("y") or [], strict=True))
+    found = []
+    for place in value or []:
+        x, y = _pair(row, name, place)
+        found.append((x, y))
+    return found
+
+
+def inside(row: Row, place: Point) -> Point:
+    """The place, moved onto the edge where it lies just outside. Raises ValueError farther away, or for NaN."""
+    x, y = (min(max(value, 0.0), 1.0) for value in (place.x, place.y))
+    if not (abs(x - place.x) <= TOLERANCE and abs(y - place.y) <= TOLERANCE):
+        raise ValueError(f"point ({place.x:g}, {place.y:g}) lies outside the picture (fractions of its sides).")
+    return Point(place.at, x, y)
+
+
+def _pair(row: Row, name: str, place: Any) -> tuple[float, float]:
+    if isinstance(place, Mapping):
+        place = (place.get("x"), place.get("y"))
+    if not isinstance(place, Sequence) or isinstance(place, str) or len(place) != 2:
+        raise row.bad(name, place, "x and y")
+    one = Row({"x": place[0], "y": place[1]})
+    return one.number("x"), one.number("y")
+
+
+def _label(row: Row) -> str:
+    """Lower case, but for rows that keep their own."""
+    label = row.text("label")
+    return label if row.get("label_cased") else label.lower()

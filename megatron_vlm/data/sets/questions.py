@@ -1,0 +1,177 @@
+"""Families of questions and answers about images or a video: open, multiple choice, with an explanation.
+
+Questions with options are written with markers of several kinds (one in ten as a plain `A. option`), drawn once for
+each question; the answer repeats marker and option, as in Molmo2.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from random import Random
+from typing import Any
+
+from megatron_vlm.data.example import Branch, Turn
+from megatron_vlm.data.keyed import generator
+from megatron_vlm.data.sets.draft import Draft
+from megatron_vlm.data.sets.row import Row
+
+#: Markers before options: from the number of the option, from 0.
+MARKERS: tuple[Callable[[int], str], ...] = (
+    lambda number: f"{chr(65 + number)}.",
+    lambda number: f"{chr(65 + number)})",
+    lambda number: f"({chr(65 + number)})",
+    lambda number: f"{chr(97 + number)}.",
+    lambda number: f"{number + 1}.",
+    lambda number: f"({number + 1})",
+)
+#: Share of the questions in the layout that benchmarks use, and what closes it.
+PLAIN_SHARE = 0.1
+PLAIN_CLOSE = "Answer with the right option only."
+CLOSES = ("", "Which option is right?", "Choose one of the options.", "Give the option that fits.", PLAIN_CLOSE)
+STEPS = (
+    "Explain your reasoning before you answer.",
+    "Work it out step by step, then answer.",
+    "Give the reasons first and the answer last.",
+)
+
+
+def questions(
+    row: Row,
+    *,
+    style: str,
+    choice_style: str = "",
+    options: tuple[str, ...] = (),
+    answers: Mapping[Any, str] | None = None,
+    clip: bool = True,
+    path: str = "",
+) -> Iterator[Draft]:
+    """One `question`. Its options, if any: the list `options` (texts, or objects with `text`), or the columns named by
+    the parameter options. Its answer: `answer`, a text, or a list of what several people said (the most frequent is
+    taken), or `answer_index`, or the right option's number, letter or text. `negatives`: wrong options, among which the
+    right one is put at a drawn place.
+
+    choice_style: style of the questions that have options (default: style).
+    answers:      what stands for an answer: {0: "No", 1: "Yes"}.
+    clip:         whether `span` cuts the video.
+    """
+    question, media = row.text("question"), row.media(path)
+    rng = generator("question", media[0].identity, question)
+    texts = [_option(option) for option in row.items("options")]
+    texts = texts or [str(value).strip() for name in options if (value := row.get(name)) not in (None, "")]
+    wrong = [str(text).strip() for text in row.items("negatives")]
+    if wrong:
+        right = row.text("answer")
+        place = rng.randrange(len(wrong) + 1)
+        texts, index = [*wrong[:place], right, *wrong[place:]], place
+    elif texts:
+        index = _index(row, texts)
+    if texts:
+        turn = _choice(question, texts, index, rng)
+    else:
+        turn = Turn(question, _best(row, answers or {}, rng))
+    used = choice_style if texts and choice_style else style
+    yield Draft((Branch(used, (turn,)),), media, clip=row.clip(cut=clip))
+
+
+def question_pairs(
+    row: Row,
+    *,
+    style: str,
+    explained: bool = False,
+    max_images: int = 0,
+    min_images: int = 1,
+    path: str = "",
+) -> Iterator[Draft]:
+    """All of `qa_pairs`: a list of {question, answer, explanation}, or an object of three lists. A branch each.
+
+    explained:  the answer is the explanation, then `Answer: ...`; a request to explain follows the question.
+    max_images: rows with more images are left out, as are those with fewer than min_images. 0 = any number.
+    """
+    media = row.media(path)
+    if not min_images <= len(media) or (max_images and len(media) > max_images):
+        return
+    branches = []
+    for pair in _pairs(row):
+        question, answer = pair.text("question"), pair.text("answer")
+        if explained and pair.get("explanation"):
+            rng = generator("explain", media[0].identity, question)
+            question, answer = f"{question} {rng.choice(STEPS)}", f"{pair.text('explanation')} Answer: {answer}"
+        branches.append(Branch(style, (Turn(question, answer),)))
+    yield Draft(tuple(branches), media)
+
+
+def judged_choices(row: Row, *, style: str, choice_style: str, path: str = "") -> Iterator[Draft]:
+    """CLEVRER's form: `question` with `choices` [{choice, answer: correct | wrong}]; several may be correct, then the
+    right options are listed. Without choices it is an open question."""
+    choices = row.items("choices")
+    if not choices:
+        yield from questions(row, style=style, path=path)
+        return
+    media = row.media(path)
+    rng = generator("question", media[0].identity, row.text("question"))
+    texts = [Row(choice).text("choice") for choice in choices]
+    right = [number for number, choice in enumerate(choices) if Row(choice).get("answer") == "correct"]
+    turn = _choice(row.text("question"), texts, right[0] if right else 0, rng, right)
+    yield Draft((Branch(choice_style, (turn,)),), media)
+
+
+def labels(row: Row, *, question: str, style: str = "video_short_answer", path: str = "") -> Iterator[Draft]:
+    """A `label` of a video, asked for by one fixed question: action recognition, counts of repetitions."""
+    answer = row.text("label").replace("_", " ")
+    yield Draft((Branch(style, (Turn(question, answer),)),), row.media(path), clip=row.clip())
+
+
+def _option(option: Any) -> str:
+    if isinstance(option, Mapping):
+        return Row(option).text(next((name for name in ("text", "choice", "option") if name in option), "text"))
+    return str(option).strip()
+
+
+def _pairs(row: Row) -> list[Row]:
+    value = row.get("qa_pairs")
+    if isinstance(value, Mapping):
+        names = [name for name in ("question", "answer", "explanation") if value.get(name) is not None]
+        value = [dict(zip(names, pair, strict=True)) for pair in zip(*(value[name] for name in names), strict=True)]
+    if not isinstance(value, list) or not value:
+        raise row.bad("qa_pairs", value, "a list of questions and answers")
+    return [Row(pair) for pair in value]
+
+
+def _index(row: Row, texts: list[str]) -> int:
+    """Which option is right."""
+    given = row.get("answer_index") if row.get("answer_index") is not None else row.get("answer")
+    word = str(given).strip()
+    if word in texts and not isinstance(given, int):
+        return texts.index(word)
+    if word.isdecimal() and int(word) < len(texts):
+        return int(word)
+    letter = word.strip("().").upper()
+    if len(letter) == 1 and 0 <= ord(letter) - 65 < len(texts):
+        return ord(letter) - 65
+    raise row.bad("answer", given, f"the number, letter or text of one of the {len(texts)} options")
+
+
+def _choice(question: str, texts: list[str], index: int, rng: Random, several: list[int] | None = None) -> Turn:
+    plain = rng.random() < PLAIN_SHARE
+    marker = MARKERS[0] if plain else rng.choice(MARKERS)
+    close = PLAIN_CLOSE if plain else rng.choice(CLOSES)
+    marked = [f"{marker(number)} {text}" for number, text in enumerate(texts)]
+    right = [index] if several is None else several
+    answer = "; ".join(marked[number] for number in right) or "None of the options."
+    return Turn("\n".join(part for part in (question, *marked, close) if part), answer)
+
+
+def _best(row: Row, meanings: Mapping[Any, str], rng: Random) -> str:
+    """The answer given most often; one of them by chance where several are."""
+    given = row.get("answer") if row.get("answer") is not None else row.get("answers")
+    if isinstance(given, list):
+        said = [str(one.get("answer") if isinstance(one, Mapping) else one).strip() for one in given]
+        counts = Counter(text for text in said if text)
+        if not counts:
+            raise row.bad("answer", given, "at least one answer")
+        best = max(counts.values())
+        return rng.choice(sorted(text for text, count in counts.items() if count == best))
+    if given in meanings:
+        return meanings[given]
+    return row.text("answer" if row.get("answer") is not None else "answers")

@@ -1,0 +1,20 @@
+"""All data sets by the name that mixtures use."""
+
+from __future__ import annotations
+
+import difflib
+
+from megatron_vlm.data.sets.entry import Entry
+from megatron_vlm.data.sets.images import IMAGES
+from megatron_vlm.data.sets.tracking import TRACKING
+from megatron_vlm.data.sets.videos import VIDEOS
+
+TABLE: dict[str, Entry] = {**IMAGES, **VIDEOS, **TRACKING}
+
+
+def find(name: str) -> Entry:
+    """The entry of a data set. Raises ValueError, with the nearest names, where there is none."""
+    if name not in TABLE:
+        near = difflib.get_close_matches(name, TABLE, n=3) or ["megatron_vlm/data/sets/ for all names"]
+        raise ValueError(f"data set {name!r} is not in the table; did you mean {', '.join(near)}?")
+    return TABLE[name]

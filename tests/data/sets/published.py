@@ -1,0 +1,195 @@
+"""Three small rows of every data set of the table, as its annotations are published (see `unverified` in the entries).
+
+`IMAGE` stands for the bytes of an image; a list of rows is written into the file that the entry looks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_vlm.data.sets.table import TABLE
+
+Row = dict[str, Any]
+IMAGE = "<image>"
+WEB = "https://pictures.example/"
+
+
+def three(make: Callable[[int], Row]) -> list[Row]:
+    return [make(number) for number in range(3)]
+
+
+def embedded() -> Row:
+    return {"bytes": IMAGE, "path": None}
+
+
+def track(i: int) -> Row:
+    """A red car that drives to the right, a second one that is hidden at first."""
+    frames = [
+        {"frame": f * 3, "time": f * 0.5, "points": [
+            {"id": 0, "point": [64.0 + 64 * f, 36.0], "occluded": False},
+            {"id": 1, "point": [320.0, 180.0], "occluded": f == 0}]}
+        for f in range(3)
+    ]  # fmt: skip
+    return {"id": f"t{i}", "video": f"v{i}", "clip": None, "expression": "The Red Car", "fps": 6, "sampling_fps": 2,
+            "width": 640, "height": 360, "mask_id": ["0", "1"], "frame_trajectories": frames,
+            "video_dataset": "mevis"}  # fmt: skip
+
+
+def video_point(i: int) -> Row:
+    count = (2, 8, 30)[i]
+    places = [{"x": 10.0 + n, "y": 20.0} for n in range(count)]
+    return {"video_id": f"v{i}", "video_source": "youtube", "video_duration": 40.0, "category": "object",
+            "label": "Cup", "count": count, "two_fps_timestamps": [11.0, 12.5], "raw_timestamps": [11.02, 12.48],
+            "raw_frames": [1, 2], "points": [places[:1], places[1:]], "clip_start": 10.0, "clip_end": 30.0,
+            "question": "How many cups are shown?", "annotator_unsure": False}  # fmt: skip
+
+
+def choices(i: int) -> Row:
+    return {f"a{n}": f"option {n}" for n in range(5)} | {"answer": str(i)}
+
+
+def caption_qa(i: int) -> Row:
+    return {"video_id": f"v{i}", "Question": "What is it?", "Answer": "A cat.", "NegativeAnswers": ["A dog.", "A cow."],
+            "Category": "object", "subtitle": [{"start": 0.0, "end": 2.5, "text": "meow"}]}  # fmt: skip
+
+
+def talk(*roles: str) -> list[Row]:
+    who = {"user": ("role", "content"), "assistant": ("role", "content"), "system": ("role", "content"),
+           "human": ("from", "value"), "gpt": ("from", "value")}  # fmt: skip
+    return [{who[role][0]: role, who[role][1]: f"<image>\nmessage {n}" if role in ("user", "human") else f"answer {n}"}
+            for n, role in enumerate(roles)]  # fmt: skip
+
+
+QA = {"question": "What is it?", "answer": "A cat."}
+PAIRS = {"question": ["What?", "Why?"], "explanation": ["It shows.", "So."], "answer": ["A bar.", "Because."]}
+
+#: By the data set's name, or by the start of it.
+ROWS: dict[str, list[Row]] = {
+    "pixmo_cap_qa_as_user_qa": three(lambda i: {
+        "image_url": f"{WEB}{i}.jpg", "question": "[USER]What?[ASSISTANT]A cat.[USER]Where?", "answer": "On a mat."}),
+    "pixmo_cap": three(lambda i: {"image_url": f"{WEB}{i}.jpg", "caption": "A cat.", "transcripts": ["So, a cat.", "It"]}),
+    "pixmo_points_train": three(lambda i: {
+        "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
+        "count": 1, "collection_method": "pointing"}),
+    "pixmo_points_high_freq": three(lambda i: {
+        "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
+        "count": 1, "collection_method": "counting"}),
+    "pixmo_count": three(lambda i: {"image_url": f"{WEB}{i}.jpg", "label": "people", "count": 2,
+                                    "points": {"x": [10.0, 30.0], "y": [10.0, 20.0]}}),
+    "pixmo_ask_model_anything": three(lambda i: {"image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", **QA,
+                                                 "question": f"What is {i}?"}),
+    "pixmo_clocks": three(lambda i: {"image_url": f"{WEB}{i}.jpg", "question": "What time is it?", "time": "10:10"}),
+    "pixmo_multi_points": three(lambda i: {
+        "image_urls": [f"{WEB}{i}.jpg", f"{WEB}{i + 1}.jpg"], "image_sha256s": ["", ""], "labels": ["Dogs"],
+        "points": [[[{"x": 10.0, "y": 20.0}], [{"x": 30.0, "y": 40.0}]]], "counts": [2],
+        "collection_method": "pointing"}),
+    "pixmo_multi_image_qa": three(lambda i: {"image_urls": [f"{WEB}{i}.jpg", f"{WEB}{i + 1}.jpg"],
+                                             "qa_pairs": {"question": ["Which?"], "answer": ["The first."]}}),
+    "tulu4": three(lambda i: {"id": str(i), "messages": talk("system", "user", "assistant", "user", "assistant"),
+                              "source": "wildchat", "category": "chat", "first_message_qwen3_tokens": 9,
+                              "empty_messages": False, "has_special_token": False}),
+    "tulu3": three(lambda i: {"id": str(i), "messages": talk("user", "assistant"), "source": f"flan {i}"}),
+    "molmo2_hardcodes": three(lambda i: {"questions": [f"Who are you? {i}"], "response": "A model.", "images": []}),
+    "cosyn_point": three(lambda i: {"image": embedded(), "questions": ["Point to the bar."], "names": ["bar"],
+                                    "answer_points": [{"x": [50.0], "y": [25.0]}], "id": str(i)}),
+    "cosyn_multidoc": three(lambda i: {"images": [embedded(), embedded()], "qa_pairs": PAIRS, "id": str(i),
+                                       "metadata": {"num_images": 2}}),
+    "cosyn_": three(lambda i: {"image": embedded(), "qa_pairs": PAIRS, "id": str(i)}),
+    "coco_2014_vqa_multi": three(lambda i: {"image_id": 9, "question": f"What {i}?", "answers": ["cat", "cat", "dog"]}),
+    "okvqa": three(lambda i: {"image_id": 9, "question": f"What {i}?", "answers": ["cat", "dog", "cat"]}),
+    "a_okvqa": three(lambda i: {"image_id": 9, "question": f"What {i}?", "choices": ["cat", "dog", "cow", "pig"],
+                                "correct_choice_idx": i, "direct_answers": ["cat", "cat", "dog"]}),
+    "text_vqa": three(lambda i: {"image_id": f"abc{i}", "question": "What does it say?", "answers": ["stop", "stop"]}),
+    "tally_qa": three(lambda i: {"image": f"train2014/{i}.jpg", "question": "How many?", "answer": i}),
+    "chart_qa_weighted": three(lambda i: {"image": embedded(), "query": f"What is {i}?", "label": ["14"],
+                                          "human_or_machine": 0}),
+    "doc_qa": three(lambda i: {"questionId": i, "question": f"What {i}?", "image": "documents/x_1.png", "docId": 1,
+                               "answers": ["42", "42"], "data_split": "train"}),
+    "info_qa": three(lambda i: {"questionId": i, "question": f"What {i}?", "image_local_name": "1.jpeg",
+                                "image_url": f"{WEB}info", "answers": ["42"], "data_split": "train"}),
+    "st_qa": three(lambda i: {"file_name": "1.jpg", "file_path": "vizwiz/1.jpg", "question": f"What {i}?",
+                              "answers": ["stop"], "dataset": "vizwiz"}),
+    "ai2_diagram": three(lambda i: {"image": f"{i}.png", "question": "Which?", "options": ["A", "B"], "answer": i % 2}),
+    "science_qa_img": three(lambda i: {"image": embedded(), "question": f"Which {i}?", "choices": ["x", "y"],
+                                       "answer": i % 2, "hint": "", "lecture": "", "solution": ""}),
+    "tabwmp_da": three(lambda i: {"key": str(i), "question": "How much?", "choices": None, "answer": "1,043"}),
+    "dv_qa": three(lambda i: {"image": "bar_train_1.png", "question": f"What {i}?", "answer": "4", "question_id": i}),
+    "figure_qa": three(lambda i: {"image_index": 0, "question_string": f"Is {i}?", "answer": i % 2, "question_id": i}),
+    "plot_qa": three(lambda i: {"image_index": 0, "question_string": f"What {i}?", "answer": 4.5, "type": "bar"}),
+    "gqa": three(lambda i: {"key": str(i), "imageId": "77", "question": f"Is {i}?", "answer": "yes"}),
+    "mantis_instruct": three(lambda i: {"id": str(i), "images": [embedded(), embedded()],
+                                        "conversation": talk("user", "assistant"), "source": "x"}),
+    "vixmo3": three(lambda i: {
+        "video_id": f"v{i}", "video_start": 0.0, "video_end": 20.0, "annotation_score": 3.5, "video_caption": "Short.",
+        "merged_caption": "Merged.", "video_frame_merged_caption": "Long and wide."}),
+    "molmo2_human_qa": three(lambda i: {"video_id": f"v{i // 2}", "question": f"What {i}?", "answer": "A cat."}),
+    "molmo2_syn": three(caption_qa),
+    "vixmo_points": three(video_point),
+    "academic_points": three(lambda i: {
+        "subset": "x", "video_name": f"v{i}", "video_duration": 20.0, "category": "cup", "count": 1,
+        "timestamps": [2.0], "points": [[{"x": 10.0, "y": 10.0}]], "clip_start_time": 0.0, "clip_end_time": 20.0}),
+    "tgif": three(lambda i: {"gif_name": f"tumblr_{i}", "question": "What?", "a1": "a", "a2": "b", "a3": "c", "a4": "d",
+                             "a5": "e", "answer": str(i), "vid_id": f"ID{i}", "key": str(i)}),
+    "tvqa_with_sub": three(lambda i: {"qid": i, "q": "Who?", "answer_idx": i, "ts": "6.01-14.2", "vid_name": f"v{i}",
+                                      "show_name": "x"} | {k: v for k, v in choices(i).items() if k != "answer"}),
+    "llava_video": three(lambda i: {"id": str(i), "conversations": talk("human", "gpt", "human", "gpt"),
+                                    "data_source": "0_30_s_academic", "video": f"academic/v{i}.mp4"}),
+    "perception_test": three(lambda i: {"key": f"video_{i}", "metadata": {"split": "train"}, "mc_question": [
+        {"id": 0, "question": "What?", "options": ["x", "y", "z"], "answer_id": 1}]}),
+    "nextqa_mc": three(lambda i: {"video": str(i), "frame_count": 9, "width": 1, "height": 1, "question": "why?",
+                                  "qid": i, "type": "CW"} | choices(i)),
+    "intent_qa": three(lambda i: {"video_id": str(i), "question": "why?", "qid": i, "type": "CW"} | choices(i)),
+    "how2qa": three(lambda i: {"vid_name": f"v{i}", "q": "What?", "ts": "[3:12]", "answer_id": 1} | choices(i)),
+    "sutd_trafficqa": three(lambda i: {"record_id": i, "vid_id": i, "vid_filename": f"{i}.mp4", "perspective": 0,
+                                       "q_body": "What?", "q_type": "B", "option0": "a", "option1": "b", "option2": "",
+                                       "option3": "", "answer": 1}),
+    "social_iq2": three(lambda i: {"qid": str(i), "q": "How?", "vid_name": f"v{i}", "answer_idx": 2, "ts": "0.00-60.00"}
+                        | choices(i)),
+    "cinepile": three(lambda i: {"videoID": f"v{i}", "question": "Who?", "choices": ["x", "y"], "answer_key": "y",
+                                 "answer_key_position": 1}),
+    "clevrer": three(lambda i: {"scene_index": i, "video_filename": f"video_{i}.mp4", "questions": [
+        {"question_id": 0, "question": "What color?", "question_type": "descriptive", "answer": "red"},
+        {"question_id": 1, "question": "Which happens?", "question_type": "predictive", "choices": [
+            {"choice_id": 0, "choice": "A hits B", "answer": "correct"},
+            {"choice_id": 1, "choice": "B hits A", "answer": "wrong"}]}]}),
+    "funqa": three(lambda i: {"instruction": "Why funny?", "visual_input": f"{i}.mp4", "output": "He fell.",
+                              "task": "H2", "ID": str(i)}),
+    "star": three(lambda i: {"question_id": str(i), "question": "What?", "video_id": f"v{i}", "start": 1.0, "end": 9.5,
+                             "answer": "The book.", "choices": [{"choice_id": 0, "choice": "The cup."},
+                                                                {"choice_id": 1, "choice": "The book."}]}),
+    "video_localized_narratives_caption": three(lambda i: {"video": f"v{i}", "caption": "A cat."}),
+    "video_localized_narratives": three(lambda i: {"video_id": f"v{i}", "qa_pairs": [QA]}),
+    "road_text_vqa": three(lambda i: {"questionId": i, "question": "What?", "answers": ["stop"], "video_id": f"v{i}"}),
+    "countix_oe": three(lambda i: {"video_id": f"v{i}", "count": 4, "repetition_start": 1.0, "repetition_end": 5.0}),
+    "motionbench": three(lambda i: {"key": i, "video_path": f"v{i}.mp4", "qa": [{"uid": i, **QA}]}),
+    "moments_in_time": three(lambda i: {"path": f"running/{i}.mp4", "label": "running_fast"}),
+    "kinetics": three(lambda i: {"label": "riding a bike", "youtube_id": f"y{i}", "time_start": "1", "time_end": "11"}),
+    "activitynet_qa": three(lambda i: {"video_name": f"v{i}", **QA, "question_id": str(i)}),
+    "videochatgpt": three(lambda i: {"video_name": f"v{i}", **QA}),
+    "charades_sta": three(lambda i: {"line": f"V{i} 0.0 6.9##a person is putting a book on a shelf."}),
+    "coin_all_qa": three(lambda i: {"key": f"v{i}", "class": "Bake", "subset": "training", "annotation": [
+        {"id": "1", "label": "stir the mix", "segment": [1.0, 9.0]}]}),
+    "youcook2": three(lambda i: {"key": f"v{i}", "duration": 99.0, "subset": "training", "annotations": [
+        {"id": 0, "sentence": "stir the mix", "segment": [1, 9]}]}),
+    "activitynet_all": three(lambda i: {"video": f"v{i}", "start": 0.0, "end": 4.5, "caption": "A man walks."}),
+    "ego4d_all": three(lambda i: {"video": f"v{i}", "start": 0.0, "end": 4.5, "caption": "C opens a door."}),
+    "epic_kitchens": three(lambda i: {"narration_id": f"P01_{i}", "video_id": f"P01_{i}", "narration": "open door",
+                                      "start_timestamp": "00:00:00.14", "stop_timestamp": "00:00:03.37"}),
+    "qv_highlights": three(lambda i: {"qid": i, "query": "A dog runs", "duration": 150, "vid": f"v{i}_60.0_210.0",
+                                      "relevant_windows": [[2, 10]], "saliency_scores": [[1, 2, 3]]}),
+}  # fmt: skip
+
+
+def rows(name: str) -> list[Row]:
+    """Rows of a data set: by its name, by the longest start of it, by its kind."""
+    starts = [start for start in ROWS if name.startswith(start)]
+    if starts:
+        return ROWS[max(starts, key=len)]
+    if name.endswith("_sot"):
+        return [row | {"video_dataset": name.removesuffix("_sot")} for row in three(track)]
+    if TABLE[name].options.get("task"):
+        return three(track)
+    # The sets whose columns are not known: taken to be question, answer and video.
+    assert TABLE[name].unverified, f"{name} has no rows here, though its entry says that its columns are known"
+    return three(lambda i: {"video": f"v{i}", **QA})

@@ -1,0 +1,272 @@
+"""Every name in every mixture has a reader, and the reader makes sound Examples of rows in the published schema."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from megatron_vlm.data import mixture
+from megatron_vlm.data.example import Branch, Example, Media, Points, Tracks, from_json, to_json
+from megatron_vlm.data.sets import source
+from megatron_vlm.data.sets.draft import Reference
+from megatron_vlm.data.sets.group import trees
+from megatron_vlm.data.sets.resolve import resolve
+from megatron_vlm.data.sets.table import TABLE, find
+from tests.data.sets.published import IMAGE, Row, rows
+
+SHIPPED = [path.stem for path in sorted(mixture.FOLDER.glob("*.yaml")) if not path.stem.startswith("sample")]
+
+
+def picture(number: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 20), (number * 20 % 256, 90, 30)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def with_pictures(value: object, number: int) -> object:
+    """Rows with real images in the place of IMAGE, each another one."""
+    if value == IMAGE:
+        return picture(number)
+    if isinstance(value, dict):
+        return {name: with_pictures(one, number * 3 + place) for place, (name, one) in enumerate(value.items())}
+    if isinstance(value, list):
+        return [with_pictures(one, number * 5 + place) for place, one in enumerate(value)]
+    return value
+
+
+def write(folder: Path, name: str, published: list[Row]) -> None:
+    """The annotation file of a data set, where its entry looks for it."""
+    entry = TABLE[name]
+    pattern = entry.patterns(entry.splits.get("train", "train"))[0]
+    path = folder / entry.folder(name) / re.sub(r"\*+", "0", pattern)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    published = [with_pictures(row, number + 1) for number, row in enumerate(published)]  # type: ignore[misc]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(published), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(published[0]), delimiter="\t" if name == "tgif" else ",")
+            writer.writeheader()
+            writer.writerows(published)
+    elif path.suffix == ".txt":
+        path.write_text("".join(row["line"] + "\n" for row in published))
+    elif path.suffix == ".json":
+        content: object = published
+        if "key" in published[0]:
+            content = {row["key"]: {k: v for k, v in row.items() if k != "key"} for row in published}
+        for step in reversed([step for step in entry.within.split(".") if step]):
+            content = {step: content}
+        path.write_text(json.dumps(content))
+    elif name == "sutd_trafficqa":  # a line of names, then lines of values
+        lines = [list(published[0]), *(list(row.values()) for row in published)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in published))
+
+
+def add(reference: Reference) -> Media:
+    """A store that believes in every file."""
+    key = hashlib.sha256(reference.identity.encode()).hexdigest()
+    if reference.kind == "video":
+        return Media(key, 640, 360, "video", seconds=120.0, fps=6.0, frames=720)
+    return Media(key, 40, 20)
+
+
+def read(folder: Path, name: str) -> list[Example]:
+    entry = TABLE[name]
+    found = []
+    for piece in source.pieces(entry, name, entry.splits.get("train", "train"), folder):
+        for place, draft in source.drafts(entry, piece, {}):
+            assert not isinstance(draft, ValueError), f"{name} {place}: {draft}"
+            found.append(draft)
+    return [resolve(key, draft, add) for key, draft in trees(found, chat_share=entry.chat_share)]
+
+
+def members() -> list[str]:
+    return sorted({member.name for name in SHIPPED for member in mixture.load(name).members} | set(TABLE))
+
+
+@pytest.mark.parametrize("name", members())
+def test_every_member_of_every_mixture_is_read(name: str, tmp_path: Path) -> None:
+    published = rows(name)
+    write(tmp_path, name, published)
+    samples = read(tmp_path, name)
+    assert samples, "three rows gave no sample"
+    assert len({sample.key for sample in samples}) == len(samples)
+    text_only = name.startswith(("tulu", "molmo2_hardcodes"))
+    for sample in samples:
+        assert bool(sample.media) != text_only
+        assert from_json(to_json(sample)) == sample
+        for branch in sample.branches:
+            for turn in branch.turns:
+                assert not isinstance(turn.answer, str) or turn.answer == turn.answer.strip()
+                assert "<image>" not in turn.prompt
+    # The schema's columns are all that the reader knows: a renamed column is an error that names it, not silence.
+    entry = TABLE[name]
+    if not entry.where and not entry.within and name != "charades_sta_all_qa":
+        broken = [{f"x_{column}": value for column, value in row.items()} for row in published]
+        write(tmp_path, name, broken)
+        for piece in source.pieces(entry, name, entry.splits.get("train", "train"), tmp_path):
+            found = [draft for _, draft in source.drafts(entry, piece, {})]
+            assert all(isinstance(one, ValueError) for one in found)
+
+
+def of(name: str, tmp_path: Path) -> list[Example]:
+    write(tmp_path, name, rows(name))
+    return read(tmp_path, name)
+
+
+def only(sample: Example) -> Branch:
+    assert len(sample.branches) == 1
+    return sample.branches[0]
+
+
+def test_captions_have_one_transcript_beside_them(tmp_path: Path) -> None:
+    for sample in of("pixmo_cap_with_transcripts", tmp_path):
+        assert [branch.style for branch in sample.branches] == ["long_caption", "transcript"]
+    for sample in of("pixmo_cap", tmp_path):
+        assert [branch.style for branch in sample.branches] == ["long_caption"]
+
+
+def test_labels_of_one_image_are_one_tree_for_each_style(tmp_path: Path) -> None:
+    samples = of("pixmo_points_train", tmp_path)  # three labels on two images
+    assert sorted((len(sample.branches), sample.branches[0].style) for sample in samples) == [
+        (1, "point_count"), (1, "pointing"), (2, "point_count"), (2, "pointing"),
+    ]  # fmt: skip
+    answer = samples[0].branches[0].turns[0].answer
+    assert isinstance(answer, Points) and answer.label == "cup 0"
+    assert answer.points[0][1:] == (0.25, 0.5), "percent become fractions"
+
+
+def test_pixels_become_fractions_of_the_file(tmp_path: Path) -> None:
+    answer = of("pixmo_count_train", tmp_path)[0].branches[0].turns[0].answer
+    assert isinstance(answer, Points)
+    assert [place[1:] for place in answer.points] == [(0.25, 0.5), (0.75, 1.0)]
+
+
+def test_options_are_marked_and_the_answer_repeats_its_own(tmp_path: Path) -> None:
+    for number, sample in enumerate(of("nextqa_mc", tmp_path)):
+        turn = only(sample).turns[0]
+        assert only(sample).style == "video_multiple_choice"
+        assert isinstance(turn.answer, str) and turn.answer.endswith(f"option {number}")
+        assert turn.answer in turn.prompt.splitlines() and turn.prompt.count("option ") >= 5
+
+
+def test_wrong_options_surround_the_right_one(tmp_path: Path) -> None:
+    places = set()
+    for sample in of("molmo2_syn_captions_qa", tmp_path):
+        lines = only(sample).turns[0].prompt.splitlines()
+        assert str(only(sample).turns[0].answer).endswith("A cat.")
+        places.add(lines.index(str(only(sample).turns[0].answer)))
+        assert sample.clip is None
+    assert len(places) > 1, "the right answer always stands at one place"
+
+
+def test_subtitles_and_spans_come_along(tmp_path: Path) -> None:
+    (line,) = of("molmo2_syn_captions_subtitle_qa", tmp_path)[0].clip.subtitles  # type: ignore[union-attr]
+    assert (line.start, line.end, line.text) == (0.0, 2.5, "meow")
+    clip = of("tvqa_with_sub", tmp_path)[0].clip
+    assert clip is not None and (clip.start, clip.end) == (6.01, 14.2)
+
+
+def test_the_most_frequent_answer_is_taken(tmp_path: Path) -> None:
+    (tree,) = of("coco_2014_vqa_multi", tmp_path)  # three questions about one image
+    assert [branch.turns[0].answer for branch in tree.branches] == ["cat"] * 3
+    assert [branch.style for branch in of("figure_qa", tmp_path)[0].branches] == ["figure_qa"] * 3
+    assert [branch.turns[0].answer for branch in of("figure_qa", tmp_path)[0].branches] == ["No", "Yes", "No"]
+
+
+def test_explanations_come_before_the_answer(tmp_path: Path) -> None:
+    sample = of("cosyn_chart_exp", tmp_path)[0]
+    assert sample.branches[0].turns[0].answer == "It shows. Answer: A bar."
+    assert of("cosyn_document", tmp_path)[0].branches[0].turns[0].answer == "A bar."
+
+
+def test_conversations(tmp_path: Path) -> None:
+    turns = only(of("pixmo_cap_qa_as_user_qa", tmp_path)[0]).turns
+    assert [tuple(turn.__dict__.values()) for turn in turns] == [("What?", "A cat."), ("Where?", "On a mat.")]
+    assert only(of("tulu4", tmp_path)[0]).turns[0].prompt.startswith("System: answer 0\n")
+    kept = [row | {"category": "Code"} for row in rows("tulu4")]
+    write(tmp_path, "tulu4", [*kept[:2], rows("tulu4")[2]])
+    assert len(read(tmp_path, "tulu4")) == 1, "code is left out"
+
+
+def test_video_points_count_from_the_clip_and_are_split_by_number(tmp_path: Path) -> None:
+    counts = {}
+    for name in ("vixmo_points_minmax_0_5", "vixmo_points_minmax_6_25", "vixmo_points_minmax_26_60"):
+        (sample,) = of(name, tmp_path)
+        answer = only(sample).turns[0].answer
+        assert isinstance(answer, Points)
+        counts[name] = len(answer.points)
+        assert sample.clip is not None and (sample.clip.start, sample.clip.end) == (10.0, 30.0)
+        assert {place.at for place in answer.points} == {1.0, 2.5}
+    assert list(counts.values()) == [2, 8, 30]
+
+
+def test_tracks_leave_out_what_is_hidden(tmp_path: Path) -> None:
+    sample = of("mevis_track", tmp_path)[0]
+    answer = only(sample).turns[0].answer
+    assert isinstance(answer, Tracks) and answer.label == "the red car"
+    assert [[place.at for place in places] for places in answer.objects] == [[0.0, 0.5, 1.0], [0.5, 1.0]]
+    assert answer.objects[0][1][1:] == (0.2, 0.1)
+    assert sample.clip is not None and sample.clip.rate == 2
+    single = only(of("mevis_single_point_track", tmp_path)[0])
+    assert '<points coords="0.0 1 100 100">the red car</points>' in single.turns[0].prompt
+    odd = [row | {"fps": 5} for row in rows("mevis_track")]
+    write(tmp_path, "mevis_track", odd)
+    assert read(tmp_path, "mevis_track") == [], "5 frames a second are no multiple of 2"
+
+
+def test_moments_are_asked_in_both_directions(tmp_path: Path) -> None:
+    turns = [branch.turns[0] for branch in of("epic_kitchens_qa", tmp_path)[0].branches]
+    assert turns[0].answer == "0.1 - 3.4" and "open door" in turns[0].prompt
+    assert turns[1].answer == "open door." and "0.1 to 3.4" in turns[1].prompt
+
+
+def test_clocks_are_for_evaluation_only() -> None:
+    assert TABLE["pixmo_clocks"].evaluation_only
+    assert not any(member.name == "pixmo_clocks" for name in SHIPPED for member in mixture.load(name).members)
+
+
+def test_unknown_names_tell_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean pixmo_cap"):
+        find("pixmo_caps")
+
+
+def test_shares_of_the_released_fine_tuning() -> None:
+    """Sets of 10,000 samples each: shares by hand from the released numbers."""
+    found = mixture.load("molmo2_sft")
+    rates = dict(zip([member.name for member in found.members], found.rates(lambda _: 10_000), strict=True))
+    by_group = {group.name: sum(rates[member.name] for member in group.members) for group in found.groups}
+    assert list(by_group.values()) == pytest.approx([0.15, 0.25, 0.20, 0.15, 0.15, 0.10, 0.0995, 0.0005])
+    demo = 4 * 100 + 100_000**0.5 + 150
+    assert rates["vixmo3_top_level_captions_min_3"] == pytest.approx(0.15 * 150 / demo)
+    tracking = next(group for group in found.groups if group.name == "tracking")
+    released = {0.40: 6, 0.05: 4, 0.20: 5 + 4, 0.01: 2, 0.15: 5, 0.10: 9}
+    weights = [round(member.sampling_rate * 1.11, 4) for member in tracking.members]
+    assert {weight: weights.count(weight) for weight in weights} == released
+    assert rates["vixmo_points_minmax_6_25"] == pytest.approx(0.15 * 0.3)
+    flat = {member.name: member.weight for member in found.members if member.weight is not None}
+    assert flat.pop("vixmo3_top_level_captions_min_3") == 0.1 and set(flat.values()) == {0.2}
+    assert len(flat) == len(tracking.members) + 4 + 5
+
+
+def test_shares_of_the_educational_recipe() -> None:
+    found = mixture.load("educational_sft")
+    sizes = {member.name: 100 + number**2 for number, member in enumerate(found.members)}
+    total = sum(size**0.5 for size in sizes.values())
+    assert found.rates(sizes.__getitem__) == pytest.approx([size**0.5 / total for size in sizes.values()])
+    weights = {member.name: member.weight for member in found.members}
+    assert set(weights.values()) == {1.0, 1.5, 2.0}
+    assert (weights["pixmo_cap"], weights["pixmo_count_train"], weights["molmo2_video_track"]) == (1.0, 1.5, 2.0)
+    stage1 = mixture.load("educational_pretrain")
+    assert [group.rate for group in stage1.groups] == [0.6, 0.3, 0.1]
