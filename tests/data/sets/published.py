@@ -68,7 +68,8 @@ PAIRS = {"question": ["What?", "Why?"], "explanation": ["It shows.", "So."], "an
 ROWS: dict[str, list[Row]] = {
     "pixmo_cap_qa_as_user_qa": three(lambda i: {
         "image_url": f"{WEB}{i}.jpg", "question": "[USER]What?[ASSISTANT]A cat.[USER]Where?", "answer": "On a mat."}),
-    "pixmo_cap": three(lambda i: {"image_url": f"{WEB}{i}.jpg", "caption": "A cat.", "transcripts": ["So, a cat.", "It"]}),
+    "pixmo_cap": three(lambda i: {"image_url": f"{WEB}{i}.jpg", "caption": "A cat.",
+                                  "transcripts": ["So, a cat.", "It is"]}),
     "pixmo_points_train": three(lambda i: {
         "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
         "count": 1, "collection_method": "pointing"}),
