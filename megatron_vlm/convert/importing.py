@@ -6,6 +6,7 @@ where each comes from. Nothing is read before every source tensor has a use and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,8 @@ def alone() -> Iterator[None]:
 
     parallel.cpu.enable("cpu") must have been called before Megatron was imported. Groups that exist already serve too.
     """
+    # Megatron of its own defaults; nobody who converts can act on that.
+    warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
     if dist.is_initialized():
         yield
         return

@@ -7,6 +7,7 @@ Our model sees all examples packed into one row; transformers' sees every branch
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,12 +163,7 @@ def ours(checkpoint: str | Path, chosen: Sequence[Sample]) -> Answer:
 
 def theirs(folder: str | Path, arch: Architecture, chosen: Sequence[Sample]) -> Answer:
     """What transformers' model of a folder answers, in float32. ValueError where transformers is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError(
-            "--logits runs Hugging Face folders by transformers: pip install 'transformers>=5.23'."
-        ) from None
+    transformers = _transformers()
     kind = transformers.AutoModelForImageTextToText if any(s.layouts for s in chosen) else None
     if kind is None:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -176,6 +172,24 @@ def theirs(folder: str | Path, arch: Architecture, chosen: Sequence[Sample]) -> 
     model = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
         return Answer(torch.cat([_alone(model, arch, sample, ids) for sample in chosen for ids in sample.branches]))
+
+
+def _transformers() -> Any:
+    """transformers, without the torchvision that only its image processors want: beside a torch of another build,
+    importing that fails."""
+    hidden = "transformers" not in sys.modules and "torchvision" not in sys.modules
+    if hidden:
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            "--logits runs Hugging Face folders by transformers: pip install 'transformers>=5.23'."
+        ) from None
+    finally:
+        if hidden:
+            del sys.modules["torchvision"]
+    return transformers
 
 
 def _alone(model: Any, arch: Architecture, sample: Sample, branch: tuple[int, ...]) -> torch.Tensor:

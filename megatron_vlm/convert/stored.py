@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ class Checkpoint:
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor."""
         tensor = torch.empty(self.shapes[key], dtype=self.dtypes[key])
-        with unpickle.only_weights():
+        with unpickle.only_weights(), warnings.catch_warnings():
+            # That there is no process group, which is what was asked for.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
         return tensor
 
