@@ -1,15 +1,16 @@
-"""From the size of an image to its crops, placeholders and tokens. Counts only: no pixels, no torch.
+"""From the size of an image to its crops, placeholders and tokens; the same of video frames. No pixels, no torch.
 
 Units: pixels where a name says so, else patches. A crop is `grid` x `grid` patches. Neighbouring crops of an image
 overlap by two margins; of the overlap, each patch of the canvas belongs to exactly one crop.
 Every image has a global crop (the whole image squeezed into one crop), which comes first, and, unless `max_crops` is 0,
-a canvas of rows x columns high-resolution crops.
+a canvas of rows x columns high-resolution crops. A frame of a video is an image with only its global crop.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from megatron_vlm.config.architecture import Architecture
@@ -32,6 +33,13 @@ class ImageGeometry:
     """Placeholders of a whole crop (resampler); 0 = windows are pooled."""
     max_crops: int
     """Most high-resolution crops; 0 = only the global crop."""
+    video_pool: int = field(default=3, repr=False)
+    """The same as `pool`, for frames of videos."""
+
+    @property
+    def frame(self) -> ImageGeometry:
+        """The geometry of one video frame: only a global crop, pooled as videos are."""
+        return dataclasses.replace(self, pool=self.video_pool, max_crops=0)
 
     @property
     def margin(self) -> int:
@@ -85,6 +93,34 @@ class ImageLayout:
         return self.placeholders + 2 + (rows + 2 if rows else 0)
 
 
+@dataclass(frozen=True)
+class VideoLayout:
+    """The frames that are shown of one video; each is one crop."""
+
+    times: tuple[float, ...]
+    """Seconds of each frame from the clip's start, as they stand in the text."""
+    start: float
+    """Seconds from the video's first frame to the clip's start."""
+    frame: ImageLayout
+    """Of every frame."""
+    subtitles: str = ""
+    """Text after the frames."""
+
+    @property
+    def crops(self) -> int:
+        """One for each frame."""
+        return len(self.times)
+
+    @property
+    def placeholders(self) -> int:
+        """`<im_patch>` tokens of all frames."""
+        return len(self.times) * self.frame.placeholders
+
+
+#: What one image or one video becomes.
+Layout = ImageLayout | VideoLayout
+
+
 def image_geometry(arch: Architecture, max_crops: int) -> ImageGeometry:
     """The geometry of a model with at most `max_crops` high-resolution crops an image.
 
@@ -92,11 +128,14 @@ def image_geometry(arch: Architecture, max_crops: int) -> ImageGeometry:
     """
     connector = arch.connector
     queries = connector.queries if connector.kind == "resampler" else 0
-    geometry = ImageGeometry(arch.vision.grid, arch.vision.patch_size, connector.image_pool, queries, max_crops)
+    geometry = ImageGeometry(
+        arch.vision.grid, arch.vision.patch_size, connector.image_pool, queries, max_crops, connector.video_pool
+    )
     if max_crops < 0:
         raise ValueError(f"data.image_crops={max_crops}: needed 0 (only the whole image) or more.")
-    if not queries and geometry.pool < 1:
-        raise ValueError(f"the connector pools windows of side {geometry.pool}; needed 1 or more.")
+    if not queries and min(geometry.pool, geometry.video_pool) < 1:
+        pools = f"{geometry.pool} (images) and {geometry.video_pool} (videos)"
+        raise ValueError(f"the connector pools windows of side {pools}; needed 1 or more.")
     return geometry
 
 
@@ -110,6 +149,11 @@ def image_layout(width: int, height: int, geometry: ImageGeometry) -> ImageLayou
     if width < 1 or height < 1:
         raise ValueError(f"an image of {width}x{height} pixels has no crops.")
     return _image_layout(width, height, geometry)
+
+
+def frame_layout(geometry: ImageGeometry) -> ImageLayout:
+    """Of one video frame, whatever its size in pixels: 9 x 9 placeholders from 27 x 27 patches pooled 3 x 3."""
+    return _layout((0, 0), geometry.frame)
 
 
 @lru_cache(maxsize=65536)

@@ -201,6 +201,24 @@ def _crops(config: Config, arch: Architecture, world: int) -> Iterator[str]:
         )
 
 
+def _frames(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    data = config.data
+    if data.frames_per_second <= 0:
+        yield f"data.frames_per_second={data.frames_per_second}; needed more than 0."
+    if data.max_frames > data.max_crops:
+        yield (
+            f"data.max_frames={data.max_frames} is more than data.max_crops={data.max_crops}, and a frame is a crop; "
+            "set it lower, or to 0 for as many as fit."
+        )
+    # Start, end and at least four tokens of a time stamp (`0.0 `) beside the placeholders.
+    least = geometry.frame_layout(geometry.image_geometry(arch, 0)).placeholders + 6
+    if data.max_frames * least >= data.sequence_length:
+        yield (
+            f"data.sequence_length={data.sequence_length} cannot hold data.max_frames={data.max_frames} frames of at "
+            f"least {least} tokens, and text; lengthen the row, show fewer frames, or raise model.video_pool."
+        )
+
+
 def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
     unknown = [name for name in config.model.freeze if name not in COMPONENTS]
     if unknown:
@@ -213,4 +231,4 @@ def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
             yield f"optim.{component}.min_lr={optim.min_lr} is above optim.{component}.lr={optim.lr}."
 
 
-RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _training)
+RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _frames, _training)

@@ -89,6 +89,14 @@ class DataConfig:
     """Crops in a packed row."""
     image_crops: int = 8
     """Most high-resolution crops of one image; 0 = only the whole image as a single crop."""
+    max_images: int = 5
+    """Most images of a sample; further ones are left out. 0 = no limit."""
+    multi_image_crops: int = 0
+    """Most high-resolution crops of each image where a sample has several. 0 = as data.image_crops."""
+    max_frames: int = 0
+    """Most frames of a video, each one crop. 0 = as many as a row holds crops (data.max_crops)."""
+    frames_per_second: float = 2.0
+    """Frames taken of a second of video, and the last one; fewer, evenly spread, where data.max_frames is reached."""
     window: int = 1024
     """Samples drawn, tokenized and packed together; nothing is carried from one window to the next."""
     workers: int = 0

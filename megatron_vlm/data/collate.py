@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from megatron_vlm.batch import PAD, Batch
-from megatron_vlm.config.geometry import ImageGeometry, ImageLayout
-from megatron_vlm.data.crops import cut, windows
-from megatron_vlm.data.image import decode
+from megatron_vlm.config.geometry import ImageGeometry, Layout
+from megatron_vlm.data.crops import row_windows
+from megatron_vlm.data.media import read_crops
 from megatron_vlm.data.plan import Row
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.parallel.split import even_counts
 
-#: Like `map`, to run the decoding of several images side by side.
+#: Like `map`, to run the decoding of several images and videos side by side.
 Map = Callable[[Callable[["_Piece"], np.ndarray], Iterable["_Piece"]], Iterator[np.ndarray]]
 
 
@@ -33,11 +33,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some consecutive crops of one image."""
+    """Some consecutive crops of one image, or frames of one video."""
 
     media: str
     sample: str
-    layout: ImageLayout
+    layout: Layout
     start: int
     stop: int
 
@@ -53,7 +53,8 @@ class Collator:
     def __call__(self, micro_batch: MicroBatch, map_: Map = map) -> Batch:
         """The batch of these rows.
 
-        Raises ValueError, naming sample and media key, for an image that cannot be read or is not as the sample says.
+        Raises ValueError, naming sample and media key, for an image or video that cannot be read or is not as
+        the sample says.
         """
         rows = micro_batch.rows
         counts = even_counts(sum(row.crops for row in rows), micro_batch.crop_ranks)
@@ -61,7 +62,7 @@ class Collator:
             **self._text(rows),
             crops=torch.from_numpy(self._crops(micro_batch, counts, map_)),
             crop_counts=counts,
-            windows=torch.from_numpy(self._windows(rows)),
+            windows=torch.from_numpy(row_windows(_layouts(rows), self.geometry)),
             rows=torch.tensor([row.number for row in rows], dtype=torch.int64),
         )
 
@@ -88,14 +89,6 @@ class Collator:
                 start = stop
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
-    def _windows(self, rows: Sequence[Row]) -> np.ndarray:
-        tables, first = [], 0
-        for layout in _layouts(rows):
-            table = windows(layout, self.geometry)
-            tables.append(np.where(table == PAD, PAD, table + first * self.geometry.patches))
-            first += layout.crops
-        return np.concatenate(tables) if tables else np.empty((0, 1), dtype=np.int64)
-
     def _crops(self, micro_batch: MicroBatch, counts: tuple[int, ...], map_: Map) -> np.ndarray:
         shape = (self.geometry.patches, 3 * self.geometry.patch_size**2)
         if not micro_batch.read_crops or not counts[micro_batch.crop_rank]:
@@ -107,22 +100,17 @@ class Collator:
 
     def _read(self, piece: _Piece) -> np.ndarray:
         name = f"{piece.media} of sample {piece.sample}"
-        pixels = decode(self.shards.media(piece.media), name=name)
-        try:
-            return cut(pixels, piece.layout, self.geometry, piece.start, piece.stop)
-        except Exception as error:
-            error.add_note(f"image {name}, {pixels.shape[1]}x{pixels.shape[0]} pixels")
-            raise
+        return read_crops(self.shards, piece.media, piece.layout, self.geometry, piece.start, piece.stop, name=name)
 
 
-def _layouts(rows: Sequence[Row]) -> Iterator[ImageLayout]:
+def _layouts(rows: Sequence[Row]) -> Iterator[Layout]:
     for row in rows:
         for sample in row.samples:
             yield from sample.content.layouts
 
 
 def _pieces(rows: Sequence[Row], start: int, stop: int) -> Iterator[_Piece]:
-    """The images, or parts of them, that hold crops `start` to `stop` of the micro-batch."""
+    """The images and videos, or parts of them, that hold crops `start` to `stop` of the micro-batch."""
     first = 0
     for row in rows:
         for sample in row.samples:

@@ -1,11 +1,12 @@
 """Pixels -> crops as patches, and the windows of patches that become placeholders.
 
 h, w: pixels of an image. k crops, p patches in a crop, d = patch side squared x 3. n windows, m patches in a window.
-Bytes equal those of transformers' Molmo2 image processor.
+A frame of a video is one crop. Bytes equal those of transformers' Molmo2 image and video processors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from megatron_vlm.batch import PAD
-from megatron_vlm.config.geometry import ImageGeometry, ImageLayout
+from megatron_vlm.config.geometry import ImageGeometry, ImageLayout, Layout, VideoLayout, frame_layout
 
 
 def cut(
@@ -77,6 +78,32 @@ def windows(layout: ImageLayout, geometry: ImageGeometry) -> np.ndarray:
             table = np.concatenate([table, _pool(_canvas_patches(layout, geometry), geometry.pool)])
     table.setflags(write=False)
     return table
+
+
+@lru_cache(maxsize=64)
+def video_windows(frames: int, geometry: ImageGeometry) -> np.ndarray:
+    """(n, m) int64: `windows` of so many frames of a video, crops counted from its first frame. Read-only."""
+    frame = windows(frame_layout(geometry), geometry.frame)
+    first = np.arange(frames, dtype=np.int64)[:, None, None] * geometry.patches
+    table = np.where(frame == PAD, PAD, frame + first).reshape(frames * len(frame), -1)
+    table.setflags(write=False)
+    return table
+
+
+def row_windows(layouts: Iterable[Layout], geometry: ImageGeometry) -> np.ndarray:
+    """(n, m) int64: the windows of several images and videos, crops counted over all of them, narrower windows filled
+    up with PAD. (0, 1) where there are none."""
+    tables, first = [], 0
+    for layout in layouts:
+        table = video_windows(layout.crops, geometry) if isinstance(layout, VideoLayout) else windows(layout, geometry)
+        tables.append(np.where(table == PAD, PAD, table + first * geometry.patches))
+        first += layout.crops
+    if not tables:
+        return np.empty((0, 1), dtype=np.int64)
+    widest = max(table.shape[1] for table in tables)
+    return np.concatenate(
+        [np.pad(table, ((0, 0), (0, widest - table.shape[1])), constant_values=PAD) for table in tables]
+    )
 
 
 def _canvas_patches(layout: ImageLayout, geometry: ImageGeometry) -> np.ndarray:

@@ -15,7 +15,6 @@ from typing import Any
 
 from megatron_vlm.batch import Batch
 from megatron_vlm.config.architecture import Architecture
-from megatron_vlm.config.geometry import image_geometry
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import mixture as mixtures
 from megatron_vlm.data.balance import deal
@@ -105,7 +104,6 @@ class Loader:
         shards = Shards(_manifest(data.manifest))
         mixture = mixtures.load(data.mixture)
         tokenizer = Tokenizer.load(data.tokenizer, arch.language)
-        geometry = image_geometry(arch, data.image_crops)
         self.sources = tuple(member.name for member in mixture.members)
         sizes = [shards.count(name, split) for name in self.sources]
         try:
@@ -115,9 +113,8 @@ class Loader:
         if not one_pass:
             _check_sources(self.sources, sizes, split, shards)
         order = (OnePassOrder if one_pass else MixtureOrder)(self.sources, sizes, rates, data.seed)
-        settings = TreeSettings(
-            tokenizer, geometry, data.prompts, data.loss_weighting, data.sequence_length, data.max_crops, data.seed
-        )
+        settings = TreeSettings.of(data, tokenizer, arch)
+        geometry = settings.geometry
         self._planner = Planner(
             shards, split, self.sources, tuple(m.weight for m in mixture.members), order, settings, arch, data.window
         )
@@ -130,6 +127,8 @@ class Loader:
             "geometry": repr(geometry),
             **{name: getattr(data, name) for name in _SETTINGS},
         }
+        if shards.has_videos:
+            self._identity["videos"] = f"{data.frames_per_second} {data.max_frames} {geometry.video_pool}"
         self._position = (0, 0) if state is None else self._checked(state)
         self._workers = Workers(Collator(shards, geometry, data.sequence_length), data.workers)
         self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
@@ -228,7 +227,17 @@ class Loader:
 
 
 #: Settings that decide what the rows hold, beside the files.
-_SETTINGS = ("seed", "window", "sequence_length", "max_crops", "image_crops", "prompts", "loss_weighting")
+_SETTINGS = (
+    "seed",
+    "window",
+    "sequence_length",
+    "max_crops",
+    "image_crops",
+    "max_images",
+    "multi_image_crops",
+    "prompts",
+    "loss_weighting",
+)
 
 
 def _loss_weight(row: Row) -> float:

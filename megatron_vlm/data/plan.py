@@ -25,7 +25,7 @@ class Sample:
     source: int
     """Index of the data set in the mixture."""
     media: tuple[str, ...]
-    """Keys of its images."""
+    """Keys of its images or its video."""
     content: TokenizedExample
 
 
@@ -87,7 +87,9 @@ class Planner:
         source = self.sources[draw.source]
         example = self.shards.example(source, self.split, draw.place)
         content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source])
-        return Sample(f"{source}/{example.key}", draw.source, tuple(media.key for media in example.media), content)
+        # Images beyond data.max_images have no layout.
+        media = tuple(media.key for media in example.media[: len(content.layouts)])
+        return Sample(f"{source}/{example.key}", draw.source, media, content)
 
     def _row(self, number: int, samples: tuple[Sample, ...]) -> Row:
         lengths = [len(sample.content.tokens) for sample in samples]

@@ -1,5 +1,6 @@
 """Places as text: Molmo2's `<points coords="1 1 103 540 2 388 512">cups</points>`, written and read.
 
+In a video a group begins with its time: `<tracks coords="0.0 1 105 220 2 700 410;0.5 1 110 222">player</tracks>`.
 Coordinates are thousandths of the width and height. Reading forgives: a model's output, cut or half wrong, gives the
 places that can be made out. Earlier Molmo's tags and the educational `<point t, x, y, id>` are read too.
 """
@@ -11,15 +12,24 @@ import re
 from itertools import groupby
 from typing import NamedTuple
 
-from megatron_vlm.data.example import Points
+from megatron_vlm.data.example import Point, Points, Tracks
 
 #: Between the groups of two images or frames, by prompt format: TAB in pre-training (html-v1), `;` later (html-v2).
 SEPARATORS = {"style_and_length": "\t", "style": ";"}
 NONE = "There are none."
+NO_TRACKS = "No tracks available."
 #: What stands around the tag, by style; any other style has the tag alone.
-COUNT_AFTER = ("point_count", "point_then_count", "multi_image_point_then_count", "cosyn_point_count")
-COUNT_BEFORE = ("count_point", "count_then_point", "multi_image_count_then_point")
-COUNT_ONLY = ("count", "counting", "multi_image_counting")
+COUNT_AFTER = (
+    "point_count",
+    "point_then_count",
+    "multi_image_point_then_count",
+    "cosyn_point_count",
+    "video_point_count",
+)
+COUNT_BEFORE = ("count_point", "count_then_point", "multi_image_count_then_point", "video_count_point")
+COUNT_ONLY = ("count", "counting", "multi_image_counting", "video_count")
+#: Ends of styles of tracks that name only the first and the last place of each object.
+ENDS_ONLY = "_start_end"
 
 _TAG = re.compile(r"<(?:points|tracks)\b.*?\bcoords=\"([0-9\t:;, .]+)", re.DOTALL)
 _GROUP = re.compile(r"(?:^|[\t:,;])\s*([0-9]+(?:\.[0-9]+)?) ([0-9 .]+)")
@@ -47,11 +57,14 @@ class Place(NamedTuple):
     """Fraction of the height, 0 to 1."""
 
 
-def write(answer: Points, style: str, *, separator: str = ";", seconds: bool = False) -> str:
+def write(answer: Points | Tracks, style: str, *, separator: str = ";", seconds: bool = False) -> str:
     """The answer as text in the words of `style`.
 
-    seconds: `at` of the points is a time in a video, not the number of an image.
+    seconds: `at` of the points is a time in a video, not the number of an image. Always so in tracks.
     """
+    if isinstance(answer, Tracks):
+        coordinates = _track_coordinates(answer, separator, ends_only=style.endswith(ENDS_ONLY))
+        return f'<tracks coords="{coordinates}">{answer.label}</tracks>' if coordinates else NO_TRACKS
     count = len(answer.points)
     if style in COUNT_ONLY:
         return str(count)
@@ -67,15 +80,38 @@ def write(answer: Points, style: str, *, separator: str = ";", seconds: bool = F
 
 def _coordinates(answer: Points, separator: str, seconds: bool) -> str:
     # Sorted after rounding, so that the order can be told from the text alone; ids run through all groups.
-    places = sorted((point.at, _thousandths(point.x), _thousandths(point.y)) for point in answer.points)
-    groups, number = [], 0
+    places = sorted(_rounded(point, seconds) for point in answer.points)
+    numbered = [(at, number, x, y) for number, (at, x, y) in enumerate(places, start=1)]
+    return _groups(numbered, separator, seconds)
+
+
+def _track_coordinates(answer: Tracks, separator: str, *, ends_only: bool) -> str:
+    """Objects are numbered by their first appearance, those of one frame from left to right."""
+    objects = sorted(sorted(_rounded(point, True) for point in places) for places in answer.objects if places)
+    numbered = [
+        (at, number, x, y)
+        for number, places in enumerate(objects, start=1)
+        for at, x, y in (dict.fromkeys((places[0], places[-1])) if ends_only else places)
+    ]
+    return _groups(sorted(numbered), separator, True)
+
+
+def _groups(places: list[tuple[float, int, int, int]], separator: str, seconds: bool) -> str:
+    """(time or image, id, x, y), sorted: one group for each time or image; of an id's places in a group the first."""
+    groups = []
     for at, members in groupby(places, key=lambda place: place[0]):
-        words = [str(round(float(at), 1)) if seconds else str(int(at))]
-        for _, x, y in members:
-            number += 1
-            words.append(f"{number} {x:03d} {y:03d}")
+        words, seen = [str(at) if seconds else str(int(at))], set()
+        for _, number, x, y in members:
+            if number not in seen:
+                seen.add(number)
+                words.append(f"{number} {x:03d} {y:03d}")
         groups.append(" ".join(words))
     return separator.join(groups)
+
+
+def _rounded(point: Point, seconds: bool) -> tuple[float, int, int]:
+    """As it is written: tenths of a second, thousandths of the picture."""
+    return round(float(point.at), 1) if seconds else point.at, _thousandths(point.x), _thousandths(point.y)
 
 
 def _thousandths(fraction: float) -> int:
@@ -95,6 +131,14 @@ def parse(text: str) -> list[Place]:
     if not places:
         places = [*_educational_places(text)] or [*_molmo1_places(text)]
     return [place for place in places if 0 <= place.x <= 1 and 0 <= place.y <= 1]
+
+
+def parse_tracks(text: str) -> dict[int, list[Place]]:
+    """The places of each object in `text` by its id, by time; see `parse`."""
+    tracks: dict[int, list[Place]] = {}
+    for place in sorted(parse(text)):
+        tracks.setdefault(place.id, []).append(place)
+    return tracks
 
 
 def parse_count(text: str) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from megatron_vlm.data.example import Points, Turn
+from megatron_vlm.data.example import Points, Tracks, Turn
 
 FORMATS = ("style_and_length", "style")
 #: Answers are places: no length hint, and the format decides the words.
@@ -82,7 +82,7 @@ def user_text(format: str, style: str, turn: Turn, answer: str | None, *, first:
         text = _in_words(style, turn, rng)
         prefix = f"{style}:" if first and style not in PLAIN_STYLES else ""
     elif format == "style_and_length":
-        text = turn.prompt or (turn.answer.label if isinstance(turn.answer, Points) else "")
+        text = turn.prompt or (turn.answer.label if isinstance(turn.answer, Points | Tracks) else "")
         prefix = _hinted(style, answer, rng) if first else ""
     else:
         raise ValueError(f"data.prompts={format!r} does not exist; choose one of {', '.join(FORMATS)}.")
@@ -91,7 +91,7 @@ def user_text(format: str, style: str, turn: Turn, answer: str | None, *, first:
 
 def _in_words(style: str, turn: Turn, rng: Random) -> str:
     """The stored question; where only a label or nothing is stored, a paraphrase of the request."""
-    label = turn.answer.label if isinstance(turn.answer, Points) else ""
+    label = turn.answer.label if isinstance(turn.answer, Points | Tracks) else ""
     if style in TEMPLATES and turn.prompt in ("", label):
         return rng.choice(TEMPLATES[style]).format(label=label)
     return turn.prompt

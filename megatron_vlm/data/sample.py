@@ -38,7 +38,7 @@ from pathlib import Path
 from megatron_vlm.data import example, points, prompts, tokens, writer
 from megatron_vlm.data.bundled import datasets, dialogues, draw, objects, photos, questions, scenes, sources, stamps
 from megatron_vlm.data.bundled.datasets import Counts
-from megatron_vlm.data.example import Example, Points
+from megatron_vlm.data.example import Example
 
 #: Base rows of the small tokenizer: the `vocab_size` of the preset `tiny`.
 VOCAB_SIZE = 2048
@@ -146,10 +146,10 @@ def _texts(sample: Example) -> Iterator[str]:
     for branch in sample.branches:
         for turn in branch.turns:
             yield f"{branch.style}: {turn.prompt}"
-            if isinstance(turn.answer, Points):
-                yield points.write(turn.answer, branch.style)
-            else:
+            if isinstance(turn.answer, str):
                 yield turn.answer
+            else:
+                yield points.write(turn.answer, branch.style, seconds=sample.video is not None)
 
 
 def _cache(cache_dir: str | Path | None) -> Path:

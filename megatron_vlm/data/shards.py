@@ -23,7 +23,8 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_vlm.data.example import NAME, Example, from_json
-from megatron_vlm.data.writer import FORMAT
+from megatron_vlm.data.timeline import Timeline
+from megatron_vlm.data.writer import FORMAT, TIMELINE
 
 BUILD = "Build it with tools/build_shards.py, or set data.manifest=sample."
 
@@ -87,6 +88,21 @@ class Shards:
             )
         return data
 
+    @property
+    def has_videos(self) -> bool:
+        """Some stored file is a video."""
+        return self._timelines is not None
+
+    def is_video(self, key: str) -> bool:
+        """A stored file is a video."""
+        return self._timelines is not None and self._timelines[self._media_row(key)].is_valid
+
+    def timeline(self, key: str) -> Timeline:
+        """When the frames of a stored video are shown. Raises ValueError where the file is no video."""
+        if self._timelines is None or not self.is_video(key):
+            raise ValueError(f"media {key} is not a video, but a sample says so. Build the shards anew.")
+        return Timeline.unpack(self._timelines[self._media_row(key)].as_py())
+
     def file(self, name: str) -> Path:
         """A further file beside the shards (the tokenizer). Raises ValueError where the manifest lists none such."""
         if name not in self.manifest["files"]:
@@ -134,6 +150,7 @@ class Shards:
         self._media_shard, self._media_offset, self._media_size = (
             table.column(name).to_numpy() for name in ("shard", "offset", "size")
         )
+        self._timelines = table.column(TIMELINE.name) if TIMELINE.name in table.column_names else None
         shards = self.manifest["media"]["shards"]
         sizes = np.asarray([self.manifest["files"][name]["size"] for name in shards], dtype=np.int64)
         if count:

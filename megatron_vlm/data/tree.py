@@ -1,6 +1,6 @@
-"""A sample -> tokens, targets, loss weights, positions and branches. Needs the sizes of its images, not their pixels.
+"""A sample -> tokens, targets, loss weights, positions and branches. Needs the sizes of its media, not their pixels.
 
-    BOS, image blocks | branch 0 | branch 1 | ...
+    BOS, image or frame blocks | branch 0 | branch 1 | ...
 
 Every branch sees the prefix and itself; its positions go on where the prefix ends. Each branch predicts EOS after its
 last answer, though no branch holds that EOS as an input. With one branch this is the plain sequence.
@@ -9,6 +9,7 @@ s tokens of the sample.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +17,19 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_vlm.batch import PREFIX_BRANCH
-from megatron_vlm.config.geometry import ImageGeometry, ImageLayout, image_layout
+from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.config.geometry import (
+    ImageGeometry,
+    ImageLayout,
+    Layout,
+    VideoLayout,
+    image_geometry,
+    image_layout,
+)
+from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data import points, prompts
-from megatron_vlm.data.example import Branch, Example, Points
+from megatron_vlm.data.example import Branch, Example, Points, Tracks
+from megatron_vlm.data.frames import video_layout
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.tokens import Tokenizer
 
@@ -41,12 +52,14 @@ class TokenizedExample:
     """int32."""
     is_vision: np.ndarray
     """bool."""
-    layouts: tuple[ImageLayout, ...]
-    """One for each image."""
+    layouts: tuple[Layout, ...]
+    """One for each image or video."""
     dropped_branches: int
     """Branches left out because their first answer would begin beyond the longest row."""
     cut_tokens: int
     """Tokens cut at the longest row."""
+    dropped_images: int = 0
+    """Images left out because the sample has more than `data.max_images`."""
 
     @property
     def crops(self) -> int:
@@ -68,6 +81,31 @@ class TreeSettings:
     max_crops: int
     """Most crops of a sample."""
     seed: int
+    max_images: int = 0
+    """Most images of a sample, further ones are left out; 0 = no limit."""
+    multi_image_crops: int = 0
+    """Most high-resolution crops of each of several images; 0 = as of one."""
+    max_frames: int = 0
+    """Most frames of a video; 0 = max_crops."""
+    frames_per_second: float = 2.0
+    """Frames taken of a second of video, if they are not too many."""
+
+    @classmethod
+    def of(cls, data: DataConfig, tokenizer: Tokenizer, arch: Architecture) -> TreeSettings:
+        """As a run has them."""
+        return cls(
+            tokenizer=tokenizer,
+            geometry=image_geometry(arch, data.image_crops),
+            prompts=data.prompts,
+            loss_weighting=data.loss_weighting,
+            max_tokens=data.sequence_length,
+            max_crops=data.max_crops,
+            seed=data.seed,
+            max_images=data.max_images,
+            multi_image_crops=data.multi_image_crops,
+            max_frames=data.max_frames,
+            frames_per_second=data.frames_per_second,
+        )
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -87,7 +125,7 @@ def tokenize(
     Raises ValueError, naming the sample, where its images or the beginning of its first answer do not fit.
     """
     identity = (settings.seed, dataset, example.key, visit)
-    layouts = tuple(image_layout(media.width, media.height, settings.geometry) for media in example.media)
+    layouts = media_layouts(example, settings)
     prefix = prefix_tokens(layouts, settings.tokenizer)[0]
     order = list(range(len(example.branches)))
     if len(order) > 1:
@@ -101,25 +139,47 @@ def tokenize(
             dropped += 1
             continue
         if not parts:
-            _check_fit(
-                f"{dataset}/{example.key}", length, first_loss, sum(layout.crops for layout in layouts), settings
-            )
+            _check_fit(f"{dataset}/{example.key}", length, first_loss, layouts, settings)
         parts.append((tokens, is_answer))
         length += len(tokens)
-    return _assemble(parts, layouts, dropped, settings, flat_weight)
+    left_out = len(example.media) - len(layouts)
+    return _assemble(parts, layouts, dropped, settings, flat_weight, left_out)
 
 
-@lru_cache(maxsize=4096)
-def prefix_tokens(layouts: tuple[ImageLayout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """BOS and the blocks of the images; several images are announced by `Image 1`, `Image 2`, ...
+def media_layouts(example: Example, settings: TreeSettings) -> tuple[Layout, ...]:
+    """How the sample's images, or its video, are shown; at most `settings.max_images` images."""
+    if example.video is not None:
+        most = settings.max_frames or settings.max_crops
+        return (video_layout(example, settings.geometry, settings.frames_per_second, most),)
+    media = example.media[: settings.max_images or None]
+    geometry = settings.geometry
+    if len(media) > 1 and settings.multi_image_crops:
+        geometry = dataclasses.replace(geometry, max_crops=settings.multi_image_crops)
+    return tuple(image_layout(one.width, one.height, geometry) for one in media)
+
+
+def prefix_tokens(layouts: tuple[Layout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """BOS and the blocks of the images or of the video; several images are announced by `Image 1`, `Image 2`, ...
 
     Ids (int64), and which of them belong to a bidirectional image block (bool). Shared: not to be written to.
     """
+    if len(layouts) == 1 and isinstance(layouts[0], VideoLayout):
+        # Not remembered: long, and hardly ever the same.
+        return _with_vision([tokenizer.bos, *video_tokens(layouts[0], tokenizer)], tokenizer)
+    return _image_prefix(layouts, tokenizer)
+
+
+@lru_cache(maxsize=4096)
+def _image_prefix(layouts: tuple[ImageLayout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     tokens = [tokenizer.bos]
     for number, layout in enumerate(layouts, start=1):
         if len(layouts) > 1:
             tokens.extend(tokenizer.encode_fixed(f"Image {number}"))
         tokens.extend(image_tokens(layout, tokenizer))
+    return _with_vision(tokens, tokenizer)
+
+
+def _with_vision(tokens: list[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(tokens, dtype=np.int64), np.isin(tokens, list(tokenizer.vision_ids))
 
 
@@ -136,17 +196,31 @@ def image_tokens(layout: ImageLayout, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
+def video_tokens(layout: VideoLayout, tokenizer: Tokenizer) -> list[int]:
+    """The block of a video: for each frame its time in seconds and its placeholders between `<frame_start>` and
+    `<frame_end>`; then the subtitles."""
+    start, end = tokenizer.new_token("<frame_start>"), tokenizer.new_token("<frame_end>")
+    frame = [start, *[tokenizer.im_patch] * layout.frame.placeholders, end]
+    tokens: list[int] = []
+    for number, moment in enumerate(layout.times):
+        tokens.extend(tokenizer.encode_fixed(f"{' ' if number else ''}{moment:.1f} "))
+        tokens.extend(frame)
+    if layout.subtitles:
+        tokens.extend(tokenizer.encode(layout.subtitles))
+    return tokens
+
+
 def branch_tokens(
     example: Example, branch: Branch, identity: tuple[object, ...], settings: TreeSettings
 ) -> tuple[list[int], list[bool]]:
     """Ids of one conversation and, for each, whether it belongs to an answer. The last EOS is not among them."""
     tokenizer, rng = settings.tokenizer, generator(*identity, "prompt")
-    seconds = any(media.kind == "video" for media in example.media)
+    seconds = example.video is not None
     tokens: list[int] = []
     is_answer: list[bool] = []
     for number, turn in enumerate(branch.turns):
         answer = turn.answer
-        if isinstance(answer, Points):
+        if isinstance(answer, Points | Tracks):
             separator = points.SEPARATORS[settings.prompts]
             answer = points.write(answer, branch.style, separator=separator, seconds=seconds)
         text = prompts.user_text(settings.prompts, branch.style, turn, answer, first=number == 0, rng=rng)
@@ -165,34 +239,38 @@ def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> T
     All loss weights are 0. Random choices (paraphrases) are keyed by seed and sample. The crops and windows belong to
     `layouts`, as in training.
     """
-    layouts = tuple(image_layout(media.width, media.height, settings.geometry) for media in example.media)
+    layouts = media_layouts(example, settings)
     prefix = prefix_tokens(layouts, settings.tokenizer)[0]
     rng = generator(settings.seed, example.key, "generation")
     text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng)
     tokens = settings.tokenizer.user_turn(text, first=True)
-    _check_fit(example.key, len(prefix), len(tokens), sum(layout.crops for layout in layouts), settings)
+    _check_fit(example.key, len(prefix), len(tokens), layouts, settings)
     return _assemble([(tokens, [False] * len(tokens))], layouts, 0, settings, 0.0)
 
 
-def _check_fit(name: str, prefix: int, first_loss: int, crops: int, settings: TreeSettings) -> None:
+def _check_fit(name: str, prefix: int, first_loss: int, layouts: tuple[Layout, ...], settings: TreeSettings) -> None:
+    video = any(isinstance(layout, VideoLayout) for layout in layouts)
+    fewer = "lower data.max_frames" if video else "lower data.image_crops"
     if prefix + first_loss >= settings.max_tokens:
         raise ValueError(
-            f"sample {name}: its images take {prefix} tokens and its question {first_loss}, so no answer fits into "
-            f"rows of {settings.max_tokens}. Raise data.sequence_length or lower data.image_crops."
+            f"sample {name}: its {'video takes' if video else 'images take'} {prefix} tokens and its question "
+            f"{first_loss}, so no answer fits into rows of {settings.max_tokens}. Raise data.sequence_length or "
+            f"{fewer}."
         )
+    crops = sum(layout.crops for layout in layouts)
     if crops > settings.max_crops:
         raise ValueError(
-            f"sample {name} has {crops} crops; a row holds {settings.max_crops}. Raise data.max_crops or lower "
-            "data.image_crops."
+            f"sample {name} has {crops} crops; a row holds {settings.max_crops}. Raise data.max_crops or {fewer}."
         )
 
 
 def _assemble(
     parts: list[tuple[list[int], list[bool]]],
-    layouts: tuple[ImageLayout, ...],
+    layouts: tuple[Layout, ...],
     dropped: int,
     settings: TreeSettings,
     flat_weight: float | None,
+    dropped_images: int = 0,
 ) -> TokenizedExample:
     prefix, prefix_vision = prefix_tokens(layouts, settings.tokenizer)
     length = len(prefix) + sum(len(tokens) for tokens, _ in parts)
@@ -231,6 +309,7 @@ def _assemble(
         layouts=layouts,
         dropped_branches=dropped,
         cut_tokens=length - kept,
+        dropped_images=dropped_images,
     )
 
 

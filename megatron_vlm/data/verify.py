@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_vlm.data import video
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tar import index_tar, read_offsets
 from megatron_vlm.data.writer import file_sha256
@@ -46,11 +47,24 @@ def _media(shards: Shards) -> Iterator[str]:
                     yield f"{name}: {member.key} at offset {member.offset}: the content's sha256 is another one."
                 elif shards.media(member.key) != data:
                     yield f"{name}: {member.key} at offset {member.offset}: the index points elsewhere."
+                elif fault := _timeline_fault(shards, member.key, data):
+                    yield f"{name}: {member.key} at offset {member.offset}: {fault}"
         headers = [member.header for member in members]
         if not np.array_equal(read_offsets(path.with_name(path.name + ".idx"))[:-1], np.asarray(headers, dtype="<u8")):
             yield f"{name}.idx: its offsets are not the tar's."
     if listed != shards.manifest["media"]["count"]:
         yield f"the tars hold {listed} files, the manifest says {shards.manifest['media']['count']}."
+
+
+def _timeline_fault(shards: Shards, key: str, data: bytes) -> str:
+    """Why the index does not fit a video; "" where it does, and for an image."""
+    if not shards.is_video(key):
+        return ""
+    try:
+        found = video.scan(data, name=key).timeline
+    except ValueError as error:
+        return str(error)
+    return "" if shards.timeline(key).pack() == found.pack() else "its frames are not shown when the index says."
 
 
 def _samples(shards: Shards) -> Iterator[str]:

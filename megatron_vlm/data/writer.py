@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from megatron_vlm.data import video
 from megatron_vlm.data.example import NAME, Example, Media, to_json
 from megatron_vlm.data.image import EXTENSIONS, probe
 from megatron_vlm.data.tar import Member, add_member, end_tar, write_offsets
@@ -38,6 +39,8 @@ MEDIA_SCHEMA = pa.schema(
         ("height", pa.int32()),
     ]
 )
+#: Further column of an index that holds videos: Timeline.pack, null for an image.
+TIMELINE = pa.field("timeline", pa.binary())
 SAMPLE_SCHEMA = pa.schema(
     [
         ("key", pa.string()),
@@ -69,6 +72,7 @@ class ShardWriter:
                 f"{self.directory} exists already. Choose another directory, or ask for overwriting shards."
             )
         self._media: dict[str, tuple[int, int, int, Media]] = {}
+        self._timelines: dict[str, bytes] = {}
         self._samples: dict[tuple[str, str], _SampleFile] = {}
         self._tar: BinaryIO | None = None
         self._members: list[Member] = []
@@ -103,11 +107,29 @@ class ShardWriter:
         if key in self._media:
             return self._media[key][3]
         header = probe(data, name=key)
-        media = Media(key, header.width, header.height)
+        return self._store(Media(key, header.width, header.height), EXTENSIONS[header.format], data)
+
+    def add_video(self, data: bytes) -> Media:
+        """Store a video file as it is, once however often it is added, and when each of its frames is shown.
+
+        Raises ValueError where it is not a whole video of an allowed kind.
+        """
+        key = hashlib.sha256(data).hexdigest()
+        if key in self._media:
+            return self._media[key][3]
+        found = video.scan(data, name=key)
+        timeline = found.timeline
+        media = Media(
+            key, found.width, found.height, "video", timeline.seconds, round(timeline.fps, 6), len(timeline.pts)
+        )
+        self._timelines[key] = timeline.pack()
+        return self._store(media, found.extension, data)
+
+    def _store(self, media: Media, extension: str, data: bytes) -> Media:
         tar = self._tar or self._open_tar()
-        member = add_member(tar, f"{key}.{EXTENSIONS[header.format]}", data)
+        member = add_member(tar, f"{media.key}.{extension}", data)
         self._members.append(member)
-        self._media[key] = (len(self._shards) - 1, member.offset, member.size, media)
+        self._media[media.key] = (len(self._shards) - 1, member.offset, member.size, media)
         if tar.tell() >= self._shard_bytes:
             self._close_tar()
         return media
@@ -124,7 +146,9 @@ class ShardWriter:
         example.check()
         for media in example.media:
             if media.key not in self._media or self._media[media.key][3] != media:
-                raise ValueError(f"sample {example.key!r} names media {media}, which add_image did not return.")
+                raise ValueError(
+                    f"sample {example.key!r} names media {media}, which neither add_image nor add_video returned."
+                )
         if (dataset, split) not in self._samples:
             self._samples[dataset, split] = _SampleFile(self._partial / "samples" / f"{dataset}.{split}.arrow")
         self._samples[dataset, split].add(example)
@@ -194,9 +218,13 @@ class ShardWriter:
             for key, (shard, offset, size, media) in sorted(self._media.items())
         ]
         columns: list[Any] = list(zip(*rows, strict=True)) if rows else [[] for _ in MEDIA_SCHEMA]
-        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, MEDIA_SCHEMA, strict=True)]
-        with pa.OSFile(str(self._partial / "media.arrow"), "wb") as sink, pa.ipc.new_file(sink, MEDIA_SCHEMA) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=MEDIA_SCHEMA))
+        schema = MEDIA_SCHEMA
+        if self._timelines:
+            schema = schema.append(TIMELINE)
+            columns.append([self._timelines.get(key) for key in sorted(self._media)])
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
+        with pa.OSFile(str(self._partial / "media.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
 class _SampleFile:

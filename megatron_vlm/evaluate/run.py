@@ -14,7 +14,6 @@ import torch
 from megatron_vlm.checkpoint import load as checkpoint
 from megatron_vlm.config import load as config_load
 from megatron_vlm.config import presets
-from megatron_vlm.config.geometry import image_geometry
 from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.data import points, sample
 from megatron_vlm.data.example import Example, Points
@@ -63,15 +62,7 @@ def load(checkpoint_path: str | Path, *, trained: bool = True) -> Trained:
     (model,) = build(config, Layout(1))
     if trained:
         checkpoint.load(record.path, models=[model], config=config)
-    tree = TreeSettings(
-        tokenizer=Tokenizer.load(config.data.tokenizer, arch.language),
-        geometry=image_geometry(arch, config.data.image_crops),
-        prompts=config.data.prompts,
-        loss_weighting=config.data.loss_weighting,
-        max_tokens=config.data.sequence_length,
-        max_crops=config.data.max_crops,
-        seed=config.data.seed,
-    )
+    tree = TreeSettings.of(config.data, Tokenizer.load(config.data.tokenizer, arch.language), arch)
     device = torch.device(torch.cuda.current_device())
     return Trained(config, model, tree, device, record.path, record.step if trained else 0)
 

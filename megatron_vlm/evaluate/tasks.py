@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vlm.batch import PAD
-from megatron_vlm.config.geometry import image_layout
-from megatron_vlm.data import crops, image, prompts
+from megatron_vlm.config.geometry import Layout, image_layout
+from megatron_vlm.data import crops, prompts
 from megatron_vlm.data.example import Branch, Example, Media, Points
 from megatron_vlm.data.keyed import generator
+from megatron_vlm.data.media import read_crops
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tree import TreeSettings, prefix_tokens
+from megatron_vlm.data.tree import TreeSettings, media_layouts, prefix_tokens
 from megatron_vlm.evaluate.generate import Prompt
 from megatron_vlm.evaluate.score import same_answer
 
@@ -71,30 +71,33 @@ def with_other_images(samples: Sequence[Example]) -> list[Example]:
 
 
 def prompt(sample: Example, shards: Shards, settings: TreeSettings) -> Prompt:
-    """The sample's images with the first question of each of its branches."""
-    pixels = [image.decode(shards.media(media.key), name=f"{sample.key} ({media.key[:12]})") for media in sample.media]
-    return picture_prompt(
-        sample.media, pixels, [question(sample.key, branch, settings) for branch in sample.branches], settings
-    )
+    """The sample's images, or its video, with the first question of each of its branches."""
+    layouts = media_layouts(sample, settings)
+    parts = [
+        read_crops(shards, media.key, layout, settings.geometry, name=f"{media.key} of sample {sample.key}")
+        for media, layout in zip(sample.media, layouts, strict=False)  # images beyond the most allowed have no layout
+    ]
+    return _prompt(layouts, parts, [question(sample.key, branch, settings) for branch in sample.branches], settings)
 
 
 def picture_prompt(
     media: Sequence[Media], pixels: Sequence[np.ndarray], questions: Sequence[str], settings: TreeSettings
 ) -> Prompt:
     """Images of (h, w, 3) uint8 pixels and questions in the model's words."""
-    layouts = [image_layout(item.width, item.height, settings.geometry) for item in media]
-    parts, tables, first = [], [], 0
-    for layout, one in zip(layouts, pixels, strict=True):
-        parts.append(crops.cut(one, layout, settings.geometry))
-        table = crops.windows(layout, settings.geometry)
-        tables.append(np.where(table == PAD, PAD, table + first * settings.geometry.patches))
-        first += layout.crops
+    layouts = tuple(image_layout(item.width, item.height, settings.geometry) for item in media)
+    parts = [crops.cut(one, layout, settings.geometry) for layout, one in zip(layouts, pixels, strict=True)]
+    return _prompt(layouts, parts, questions, settings)
+
+
+def _prompt(
+    layouts: tuple[Layout, ...], parts: Sequence[np.ndarray], questions: Sequence[str], settings: TreeSettings
+) -> Prompt:
     values = 3 * settings.geometry.patch_size**2
     return Prompt(
-        prefix=prefix_tokens(tuple(layouts), settings.tokenizer)[0].tolist(),
+        prefix=prefix_tokens(layouts, settings.tokenizer)[0].tolist(),
         questions=[settings.tokenizer.user_turn(text, first=True) for text in questions],
         crops=np.concatenate(parts) if parts else np.zeros((0, settings.geometry.patches, values), np.uint8),
-        windows=np.concatenate(tables) if tables else np.zeros((0, 1), np.int64),
+        windows=crops.row_windows(layouts, settings.geometry),
     )
 
 

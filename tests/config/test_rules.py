@@ -66,6 +66,10 @@ BROKEN = [
     (["data.image_crops=8", "data.sequence_length=145"], 1,
      r"data\.sequence_length=145 cannot hold the 145 tokens that one image of data\.image_crops=8 "),
     (["model.image_pool=1", "data.sequence_length=66"], 1, r"sequence_length=66 cannot hold the 66 tokens"),
+    (["data.max_frames=17", "data.max_crops=16"], 1, r"max_frames=17 is more than data\.max_crops=16"),
+    (["data.max_frames=16", "data.max_crops=16", "data.sequence_length=240"], 1,
+     r"data\.sequence_length=240 cannot hold data\.max_frames=16 frames of at least 15 tokens"),
+    (["data.frames_per_second=0"], 1, r"frames_per_second=0.* needed more than 0|frames_per_second"),
     (["optim.vision.lr=1e-5", "optim.vision.min_lr=1e-4"], 1, r"optim\.vision\.min_lr=0\.0001 is above .*lr=1e-05"),
 ]  # fmt: skip
 

@@ -137,7 +137,7 @@ def test_bad_samples_are_not_written(tmp_path):
             (sample("../b"), "text", "train", "sample key"),
             (sample("b"), "te/xt", "train", "cannot name"),
             (sample("b"), "text", "..", "cannot name"),
-            (sample("b", foreign), "text", "train", "add_image did not return"),
+            (sample("b", foreign), "text", "train", "neither add_image nor add_video returned"),
         ):
             with pytest.raises(ValueError, match=complaint):
                 writer.add(example, dataset, split)
