@@ -36,6 +36,9 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "psutil>=6",
+        # Downloads of media: connections that can be checked before anything is sent, and tries with growing waits.
+        "urllib3>=2.2,<3",
+        "tenacity>=8.2",
     ],
     extras_require={
         # Apex, where wanted, comes from NVIDIA's container; the package of that name on PyPI is another one.
