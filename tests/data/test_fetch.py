@@ -4,46 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from megatron_vlm.data.fetch import Fetcher, Later, Limits, Refused, _check_public
+from tests.data.server import Server, send
 
 CONTENT = bytes(range(256)) * 1000
 LIMITS = Limits(allow_private=True, attempts=3, backoff_s=0.01, stall_s=0.4, max_s=5.0, max_bytes=300_000)
-
-
-class Server:
-    """Answers each path by a function of the handler; counts the requests of each path."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, Callable[[BaseHTTPRequestHandler, int], None]] = {}
-        self.requests: list[tuple[str, dict[str, str]]] = []
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                seen = sum(path == self.path for path, _ in owner.requests)
-                owner.requests.append((self.path, dict(self.headers)))
-                owner.answers[self.path](self, seen)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -51,17 +23,6 @@ def server() -> Iterator[Server]:
     one = Server()
     yield one
     one.stop()
-
-
-def send(handler: BaseHTTPRequestHandler, status: int = 200, body: bytes = b"", **headers: str) -> None:
-    handler.send_response(status)
-    for name, value in {
-        "Content-Length": str(len(body)),
-        **{k.replace("_", "-"): v for k, v in headers.items()},
-    }.items():
-        handler.send_header(name, value)
-    handler.end_headers()
-    handler.wfile.write(body)
 
 
 def whole(handler: BaseHTTPRequestHandler, _: int) -> None:

@@ -1,0 +1,152 @@
+"""Downloads from a hub and from hosts of pictures, both a real server on the loopback, by the command itself."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_vlm.data.sets.source import stored_name
+from tests.data.server import Server, send
+from tests.data.sets.test_table import picture
+from tools import download_data
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "f" * 40
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.stop()
+
+
+def hold(server: Server, repository: str, files: dict[str, bytes]) -> None:
+    """Make the server the hub of one repository of data sets."""
+
+    def answer(body: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler, int], None]:
+        return lambda handler, _: send(handler, 200, body, **headers)
+
+    api = f"/api/datasets/{repository}"
+    tree = [{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for path, data in files.items()]  # fmt: skip
+    about = {"id": repository, "sha": COMMIT, "siblings": [{"rfilename": path} for path in files]}
+    server.answers[f"{api}/revision/main"] = answer(json.dumps(about).encode())
+    server.answers[f"{api}/tree/{COMMIT}?recursive=true&expand=false"] = answer(json.dumps(tree).encode())
+    for path, data in files.items():
+        etag = f'"{hashlib.sha1(data).hexdigest()}"'
+        server.answers[f"/datasets/{repository}/resolve/{COMMIT}/{path}"] = answer(
+            data, ETag=etag, X_Repo_Commit=COMMIT
+        )
+
+
+def parquet(rows: list[dict[str, object]]) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), stream)
+    return stream.getvalue()
+
+
+def run(server: Server, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "PYTHONPATH": str(ROOT), "HF_TOKEN": "secret-word"}
+    command = [sys.executable, "tools/download_data.py", "--out", str(out), "--backoff-seconds", "0.01",
+               "--stall-seconds", "0.5", "--attempts", "2", "--per-host", "0", *arguments]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def row(url: str, sha256: str = "") -> dict[str, object]:
+    return {"image_url": url, "image_sha256": sha256, "question": f"What is {url}?", "answer": "A cat."}
+
+
+def test_a_data_set_arrives_and_what_is_missing_is_told(server: Server, tmp_path: Path) -> None:
+    pictures = [picture(number) for number in range(4)]
+    hashes = [hashlib.sha256(data).hexdigest() for data in pictures]
+
+    def busy_once(handler: BaseHTTPRequestHandler, seen: int) -> None:
+        send(handler, 503) if seen == 0 else send(handler, 200, pictures[1])
+
+    server.answers |= {
+        "/0": lambda handler, _: send(handler, 200, pictures[0]),
+        "/1": busy_once,
+        "/2": lambda handler, _: send(handler, 302, Location="/moved"),
+        "/moved": lambda handler, _: send(handler, 200, pictures[2]),
+        "/changed": lambda handler, _: send(handler, 200, pictures[3]),
+        "/cut": lambda handler, _: send(handler, 200, b"x" * 5, Content_Length="50", Connection="close"),
+        "/away": lambda handler, _: send(handler, 302, Location="file:///etc/passwd"),
+    }
+    web = server.address
+    rows = [row(f"{web}/{number}", hashes[number]) for number in range(3)]
+    rows += [row(f"{web}/0"), row(f"{web}/changed", hashes[0]), row(f"{web}/gone"), row(f"{web}/cut"),
+             row(f"{web}/away"), row("ftp://x/y"), {**row(f"{web}/x"), "question": ""}]  # fmt: skip
+    hold(server, "allenai/pixmo-ask-model-anything", {"data/train-00000-of-00001.parquet": parquet(rows)})
+    asked = ["--datasets", "pixmo_ask_model_anything"]
+    done = run(server, tmp_path / "out", *asked, "--allow-private-addresses")
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["annotations"] == "ok" and report["rows_left_out"] == 1
+    assert (report["wanted"], report["fetched"]) == (8, 3), "/0 stands twice, and is fetched once"
+    assert report["missing"] == {"changed": 1, "answer 404": 1, "cut off": 1, "not http": 2}
+    assert f"{web}/gone" in report["examples"]["answer 404"][0]
+    for number in range(3):
+        assert (tmp_path / "out" / stored_name(f"{web}/{number}")).read_bytes() == pictures[number]
+    assert "1 missing, answer 404" in done.stdout and "/gone" in done.stdout
+    assert "secret-word" not in done.stdout + done.stderr + (tmp_path / "out/report.json").read_text()
+    assert not any("Authorization" in headers for path, headers in server.requests if "/api/" not in path
+                   and "/resolve/" not in path), "the hub's token is for the hub"  # fmt: skip
+
+    asked_before = len([path for path, _ in server.requests if path in ("/0", "/1", "/2")])
+    again = run(server, tmp_path / "out", *asked, "--allow-private-addresses")
+    assert again.returncode == 0
+    assert len([path for path, _ in server.requests if path in ("/0", "/1", "/2")]) == asked_before
+    (report,) = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["fetched"] == 0 and report["present"] == 3
+
+
+def test_private_addresses_are_refused_without_the_flag(server: Server, tmp_path: Path) -> None:
+    rows = [row(f"{server.address}/0")]
+    hold(server, "allenai/pixmo-ask-model-anything", {"data/train-00000-of-00001.parquet": parquet(rows)})
+    done = run(server, tmp_path / "out", "--datasets", "pixmo_ask_model_anything")
+    assert done.returncode == 0, done.stderr
+    assert "1 missing, private address" in done.stdout
+    assert "/0" not in [path for path, _ in server.requests]
+
+
+def test_a_repository_that_does_not_exist_is_an_error_after_the_others(server: Server, tmp_path: Path) -> None:
+    server.answers["/0"] = lambda handler, _: send(handler, 200, picture(0))
+    rows = [row(f"{server.address}/0")]
+    hold(server, "allenai/pixmo-ask-model-anything", {"data/train-00000-of-00001.parquet": parquet(rows)})
+    names = ["--datasets", "pixmo_cap", "doc_qa", "pixmo_ask_model_anything"]
+    done = run(server, tmp_path / "out", *names, "--allow-private-addresses")
+    assert done.returncode == 1 and "no annotations of pixmo_cap, doc_qa;" in done.stderr
+    assert "rrc.cvc.uab.es" in done.stdout, "what is to be got by hand is told"
+    assert (tmp_path / "out" / stored_name(f"{server.address}/0")).is_file()
+
+
+def test_a_dry_run_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    download_data.main(["--stage", "all", "--dry-run", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    for name in ("pixmo_cap ", "tulu4 ", "mevis_track ", "doc_qa ", "molmo2_hardcodes "):
+        assert name in told
+    assert "hub allenai/pixmo-cap " in told and "by hand: DocVQA" in told and "not verified: " in told
+    assert not (tmp_path / "out").exists()
+    download_data.main(["--stage", "pretraining", "--recipe", "educational", "--dry-run"])
+    assert "allenai/tulu-3-sft-mixture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "nothing was asked for"), (["--datasets", "pixmo_capp"], "did you mean pixmo_cap")],
+)
+def test_bad_requests_are_told(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        download_data.main(arguments)
