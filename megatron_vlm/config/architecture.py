@@ -148,8 +148,9 @@ class Architecture:
     connector: ConnectorArchitecture
     language: LanguageArchitecture
     init_std: float = 0.02
-    """Spread of random initial weights. 0 = 1 / sqrt(inputs of the layer), which a narrow model needs: at a width of
-    100, 0.02 makes image features ten thousand times smaller than embeddings."""
+    """Spread of random initial weights. 0 = for training from scratch: 1 / sqrt(inputs of the layer), as at a width of
+    100 a spread of 0.02 makes image features ten thousand times smaller than embeddings, and the positions of patches
+    as sines of their row and column, without which a small tower takes long to tell where something is."""
 
     def token_id(self, name: str) -> int:
         """Id of one of NEW_TOKENS."""

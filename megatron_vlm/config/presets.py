@@ -27,8 +27,8 @@ CLIP_VIT_L_336 = VisionArchitecture(
     mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
 )  # fmt: skip
 TINY_VISION = VisionArchitecture(
-    image_size=112, patch_size=14, width=96, heads=4, mlp=256, layers=4, activation="gelu_tanh",
-    norm_eps=1e-6, class_token=False, pre_norm=False, post_norm=True, patch_bias=True, mean=HALF, std=HALF,
+    image_size=64, patch_size=8, width=64, heads=4, mlp=192, layers=3, activation="gelu_tanh", norm_eps=1e-6,
+    class_token=False, pre_norm=False, post_norm=True, patch_bias=True, mean=HALF, std=HALF,
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ QWEN2_5_0_5B = LanguageArchitecture(
     tied_head=True, rope_theta=1e6, norm_eps=1e-6, qk_norm=False, qkv_bias=True, max_positions=32_768,
 )  # fmt: skip
 TINY_LANGUAGE = LanguageArchitecture(
-    hidden=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab_size=2048, new_rows=128,
+    hidden=64, layers=4, heads=4, kv_heads=2, head_dim=16, mlp=192, vocab_size=2048, new_rows=128,
     tied_head=False, rope_theta=1e6, norm_eps=1e-6, qk_norm=True, qkv_bias=False, max_positions=40_960,
 )  # fmt: skip
 
@@ -78,7 +78,7 @@ PRESETS: dict[str, Architecture] = {
     "tiny": Architecture(
         TINY_VISION,
         ConnectorArchitecture(
-            kind="attention_pooling", taps=(3, 1), image_pool=2, video_pool=3,
+            kind="attention_pooling", taps=(2, 0), image_pool=2, video_pool=3,
             width=TINY_VISION.width, heads=TINY_VISION.heads, mlp=TINY_LANGUAGE.mlp, queries=0, layers=0,
         ),
         TINY_LANGUAGE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -60,7 +61,7 @@ def shards(models: Iterable[MegatronModule]) -> Iterator[ShardedTensor]:
 def initialize(models: Iterable[MegatronModule], seed: int, std: float) -> None:
     """Random weights: matrices and embeddings normal(0, std), biases 0, norms as built (1).
 
-    std = 0 means 1 / sqrt(inputs), an embedding's inputs being its width.
+    std = 0 means 1 / sqrt(inputs), an embedding's inputs being its width, and sines for the positions of patches.
 
     Each parameter is drawn whole from a generator keyed by (seed, checkpoint name), and the rank keeps its part: the
     same model for every layout. Costs the memory of the largest parameter in float32.
@@ -79,8 +80,25 @@ def initial(key: str, shape: Sequence[int], seed: int, std: float) -> torch.Tens
     name = key.rsplit(".", 1)[-1]
     if name == "bias":
         return torch.zeros(tuple(shape))
+    if name == "position_embedding" and not std:
+        return _sines(*shape)
     if len(shape) > 1 or name == "class_token":
         digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         return torch.randn(tuple(shape), generator=generator) * (std or shape[-1] ** -0.5)
     return None
+
+
+def _sines(tokens: int, width: int) -> torch.Tensor:
+    """Positions of the patches of a square crop, (tokens, width): sines and cosines of row and column.
+
+    A quarter of the width each; frequencies from half a wave to 8 waves per side; spread 0.7. A class token, which
+    stands before the patches, gets zeros, and so does what is left of the width.
+    """
+    side, quarter = math.isqrt(tokens), width // 4
+    place = (torch.arange(side) + 0.5) / side
+    waves = torch.pi * 2.0 ** (torch.arange(quarter) * 4 / quarter)
+    row, column = (x.flatten()[:, None] * waves for x in torch.meshgrid(place, place, indexing="ij"))
+    whole = torch.zeros(tokens, width)
+    whole[tokens - side**2 :, : 4 * quarter] = torch.cat((row.sin(), row.cos(), column.sin(), column.cos()), dim=1)
+    return whole

@@ -74,8 +74,8 @@ def test_resampler_gives_queries_per_crop():
 
 def test_tiny_preset():
     geometry = image_geometry(PRESETS["tiny"], 4)
-    assert (geometry.crop_pixels, geometry.margin, geometry.window) == (112, 1, 6)
-    assert image_layout(112, 112, geometry).tokens == 16 + 2 + 16 + 4 + 2
+    assert (geometry.crop_pixels, geometry.margin, geometry.window) == (64, 1, 6)
+    assert image_layout(64, 64, geometry).tokens == 16 + 2 + 16 + 4 + 2
 
 
 def test_more_crops_never_shrink_more():

@@ -30,7 +30,7 @@ def test_every_preset_takes_every_connector(preset, connector):
 
 def test_settings_win_over_the_preset_and_zero_or_none_keeps_it():
     plain = presets.architecture(ModelConfig("tiny")).connector
-    assert (plain.image_pool, plain.video_pool, plain.taps) == (2, 3, (3, 1))
+    assert (plain.image_pool, plain.video_pool, plain.taps) == (2, 3, (2, 0))
     changed = presets.architecture(ModelConfig("tiny", image_pool=1, video_pool=7, vision_layers=())).connector
     assert (changed.image_pool, changed.video_pool, changed.taps) == (1, 7, ())
     assert changed.kind == plain.kind
@@ -41,7 +41,7 @@ def test_settings_win_over_the_preset_and_zero_or_none_keeps_it():
     [
         (ModelConfig("qwen4"), r"model\.preset='qwen4' is not a preset; choose one of tiny, "),
         (ModelConfig(connector="conv"), r"model\.connector='conv' does not exist; choose one of attention_pooling"),
-        (ModelConfig(vision_layers=(0, 9)), r"model\.vision_layers names layers \[9\], .* layers 0 to 3"),
+        (ModelConfig(vision_layers=(0, 9)), r"model\.vision_layers names layers \[9\], .* layers 0 to 2"),
         (ModelConfig(vision_layers=(-1,)), r"model\.vision_layers names layers \[-1\]"),
     ],
 )

@@ -30,7 +30,7 @@ class Counts:
 
     easy_vqa_images: int = 4000
     """At most so many images of each published split."""
-    train_scenes: int = 3000
+    train_scenes: int = 12_000
     validation_scenes: int = 200
     test_scenes: int = 400
     new_kind_scenes: int = 200

@@ -16,10 +16,10 @@ from megatron_vlm.data.bundled import objects
 from megatron_vlm.data.bundled.draw import Draw
 
 #: Side of a scene in pixels.
-SIDE = 112
+SIDE = 64
 #: Smallest and largest diameter of an object, in pixels; free pixels between two objects.
-DIAMETERS = (24, 40)
-GAP = 2
+DIAMETERS = (14, 23)
+GAP = 1
 #: How often a scene has 1, 2, 3 groups of like objects, and a group 1, 2, 3, 4 members.
 GROUPS = (5, 3, 2)
 MEMBERS = (8, 3, 2, 1)
