@@ -105,6 +105,10 @@ class VideoLayout:
     """Of every frame."""
     subtitles: str = ""
     """Text after the frames."""
+    rate: int = 0
+    """Times a second at which tracks were annotated; 0 = the sample has none."""
+    cut_subtitles: int = 0
+    """Tokens of subtitles left out because a row has no room for them."""
 
     @property
     def crops(self) -> int:

@@ -63,6 +63,7 @@ def video_layout(example: Example, geometry: ImageGeometry, frames_per_second: f
         start=clip.start if clip else 0.0,
         frame=frame_layout(geometry),
         subtitles=subtitles.text(clip.subtitles, times) if clip else "",
+        rate=clip.rate if clip else 0,
     )
 
 

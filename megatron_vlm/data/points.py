@@ -78,6 +78,12 @@ def write(answer: Points | Tracks, style: str, *, separator: str = ";", seconds:
     return tag
 
 
+def until(answer: Tracks, seconds: float) -> Tracks:
+    """The tracks up to this moment, the last at which a frame is shown: what comes later cannot be seen."""
+    objects = (tuple(p for p in places if round(p.at, 1) <= round(seconds, 1)) for places in answer.objects)
+    return Tracks(answer.label, tuple(places for places in objects if places))
+
+
 def _coordinates(answer: Points, separator: str, seconds: bool) -> str:
     # Sorted after rounding, so that the order can be told from the text alone; ids run through all groups.
     places = sorted(_rounded(point, seconds) for point in answer.points)

@@ -11,7 +11,7 @@ from random import Random
 from megatron_vlm.data.example import Points, Tracks, Turn
 
 FORMATS = ("style_and_length", "style")
-#: Answers are places: no length hint, and the format decides the words.
+#: Styles whose answers are short or made of places whatever their form: no length hint. So are all answers of places.
 POINTING_STYLES = ("pointing", "point_count", "cosyn_point")
 #: Styles that `style` leaves without a prefix: asked as people ask.
 PLAIN_STYLES = frozenset(
@@ -72,33 +72,73 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 TEMPLATES["cosyn_point"] = TEMPLATES["pointing"]
 
 
-def user_text(format: str, style: str, turn: Turn, answer: str | None, *, first: bool, rng: Random) -> str:
+def _of_video(template: str) -> str:
+    for word in ("image", "picture", "photo"):
+        template = template.replace(word, "video")
+    return template
+
+
+for _video_style, _image_style in (
+    ("video_long_caption", "long_caption"),
+    ("video_short_caption", "short_caption"),
+    ("video_transcript", "transcript"),
+    ("video_point", "pointing"),
+    ("video_point_count", "point_count"),
+    ("video_count", "point_count"),
+    ("video_count_point", "point_count"),
+):
+    TEMPLATES[_video_style] = tuple(map(_of_video, TEMPLATES[_image_style]))
+TEMPLATES["video_point_track_per_frame"] = (
+    "Track the {label}.",
+    "Follow {label} through the video.",
+    "Where are the {label} in each frame?",
+    "Point to the {label} in every frame.",
+    "Track every one of the {label} over the whole video.",
+)
+TEMPLATES["video_point_track_start_end"] = (
+    "Point to the {label} where they first appear and where they are last seen.",
+    "Where do the {label} begin and end?",
+    "Track the {label}: the first and the last place of each.",
+)
+#: What a request for tracks in every frame says about the frames meant. Videos annotated twice a second, the usual
+#: rate, are asked without it half of the time.
+RATES = (" Use {rate} FPS.", " Answer at {rate} frames per second.", " Give the places at {rate} FPS.")
+USUAL_RATE, USUAL_SHARE = 2, 0.5
+
+
+def user_text(
+    format: str, style: str, turn: Turn, answer: str | None, *, first: bool, rng: Random, rate: int = 0
+) -> str:
     """The user's words in one turn.
 
     answer: the text of the answer, for the length hint; None = not known (generation): the usual hint.
     first:  the conversation begins here; only then there is a prefix.
+    rate:   times a second at which the sample's tracks were annotated; 0 = has none.
     """
     if format == "style":
-        text = _in_words(style, turn, rng)
+        text = _in_words(style, turn, rng, rate)
         prefix = f"{style}:" if first and style not in PLAIN_STYLES else ""
     elif format == "style_and_length":
         text = turn.prompt or (turn.answer.label if isinstance(turn.answer, Points | Tracks) else "")
-        prefix = _hinted(style, answer, rng) if first else ""
+        prefix = _hinted(style, turn, answer, rng) if first else ""
     else:
         raise ValueError(f"data.prompts={format!r} does not exist; choose one of {', '.join(FORMATS)}.")
     return " ".join(part for part in (prefix, text) if part)
 
 
-def _in_words(style: str, turn: Turn, rng: Random) -> str:
+def _in_words(style: str, turn: Turn, rng: Random, rate: int) -> str:
     """The stored question; where only a label or nothing is stored, a paraphrase of the request."""
     label = turn.answer.label if isinstance(turn.answer, Points | Tracks) else ""
     if style in TEMPLATES and turn.prompt in ("", label):
-        return rng.choice(TEMPLATES[style]).format(label=label)
+        text = rng.choice(TEMPLATES[style]).format(label=label)
+        if rate and style.endswith("_track_per_frame") and (rate != USUAL_RATE or rng.random() >= USUAL_SHARE):
+            text += rng.choice(RATES).format(rate=rate)
+        return text
     return turn.prompt
 
 
-def _hinted(style: str, answer: str | None, rng: Random) -> str:
-    if style in POINTING_STYLES:
+def _hinted(style: str, turn: Turn, answer: str | None, rng: Random) -> str:
+    if style in POINTING_STYLES or not isinstance(turn.answer, str):
         return f"{style}:"
     if answer is None:
         return f"{style} {INFERENCE_HINT}:"

@@ -33,6 +33,8 @@ from megatron_vlm.data.frames import video_layout
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.tokens import Tokenizer
 
+#: Subtitles are cut where they would let the prefix take more than this share of a row.
+LARGEST_PREFIX = 7 / 8
 WEIGHTINGS = ("uniform", "root_subsegments", "root_tokens")
 
 
@@ -57,7 +59,7 @@ class TokenizedExample:
     dropped_branches: int
     """Branches left out because their first answer would begin beyond the longest row."""
     cut_tokens: int
-    """Tokens cut at the longest row."""
+    """Tokens cut at the longest row, and those of subtitles for which it has no room."""
     dropped_images: int = 0
     """Images left out because the sample has more than `data.max_images`."""
 
@@ -133,7 +135,7 @@ def tokenize(
     parts: list[tuple[list[int], list[bool]]] = []
     length, dropped = len(prefix), 0
     for place in order:
-        tokens, is_answer = branch_tokens(example, example.branches[place], identity + (place,), settings)
+        tokens, is_answer = branch_tokens(example.branches[place], identity + (place,), layouts, settings)
         first_loss = is_answer.index(True) - 1
         if parts and length + first_loss >= settings.max_tokens:
             dropped += 1
@@ -150,12 +152,44 @@ def media_layouts(example: Example, settings: TreeSettings) -> tuple[Layout, ...
     """How the sample's images, or its video, are shown; at most `settings.max_images` images."""
     if example.video is not None:
         most = settings.max_frames or settings.max_crops
-        return (video_layout(example, settings.geometry, settings.frames_per_second, most),)
+        layout = video_layout(example, settings.geometry, settings.frames_per_second, most)
+        return (_with_room(layout, settings) if layout.subtitles else layout,)
     media = example.media[: settings.max_images or None]
+    _check_points(example, len(media))
     geometry = settings.geometry
     if len(media) > 1 and settings.multi_image_crops:
         geometry = dataclasses.replace(geometry, max_crops=settings.multi_image_crops)
     return tuple(image_layout(one.width, one.height, geometry) for one in media)
+
+
+def _with_room(layout: VideoLayout, settings: TreeSettings) -> VideoLayout:
+    """With as many lines of subtitles as leave room in a row for a question and its answer."""
+    encode = settings.tokenizer.encode
+    frames = len(video_tokens(dataclasses.replace(layout, subtitles=""), settings.tokenizer))
+    room = int(settings.max_tokens * LARGEST_PREFIX) - frames
+    title, *lines = layout.subtitles.splitlines(keepends=True)
+    sizes = np.cumsum([len(encode(line)) for line in lines])
+    kept = int(np.searchsorted(sizes, room - len(encode(title)), side="right"))
+    if kept == len(lines):
+        return layout
+    subtitles = title + "".join(lines[:kept]) if kept else ""
+    return dataclasses.replace(
+        layout, subtitles=subtitles, cut_subtitles=int(sizes[-1] - (sizes[kept - 1] if kept else 0))
+    )
+
+
+def _check_points(example: Example, images: int) -> None:
+    """Images may be left out, but not those that an answer points at."""
+    if images == len(example.media):
+        return
+    for branch in example.branches:
+        for turn in branch.turns:
+            if isinstance(turn.answer, Points) and any(point.at > images for point in turn.answer.points):
+                raise ValueError(
+                    f"sample {example.key!r} points at image {max(int(point.at) for point in turn.answer.points)} of "
+                    f"{len(example.media)}, and only {images} are shown. Raise data.max_images, or build the data set "
+                    "without such samples."
+                )
 
 
 def prefix_tokens(layouts: tuple[Layout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -211,19 +245,23 @@ def video_tokens(layout: VideoLayout, tokenizer: Tokenizer) -> list[int]:
 
 
 def branch_tokens(
-    example: Example, branch: Branch, identity: tuple[object, ...], settings: TreeSettings
+    branch: Branch, identity: tuple[object, ...], layouts: tuple[Layout, ...], settings: TreeSettings
 ) -> tuple[list[int], list[bool]]:
     """Ids of one conversation and, for each, whether it belongs to an answer. The last EOS is not among them."""
     tokenizer, rng = settings.tokenizer, generator(*identity, "prompt")
-    seconds = example.video is not None
+    video = next((layout for layout in layouts if isinstance(layout, VideoLayout)), None)
     tokens: list[int] = []
     is_answer: list[bool] = []
     for number, turn in enumerate(branch.turns):
         answer = turn.answer
+        if isinstance(answer, Tracks) and video is not None:
+            answer = points.until(answer, video.times[-1])
         if isinstance(answer, Points | Tracks):
             separator = points.SEPARATORS[settings.prompts]
-            answer = points.write(answer, branch.style, separator=separator, seconds=seconds)
-        text = prompts.user_text(settings.prompts, branch.style, turn, answer, first=number == 0, rng=rng)
+            answer = points.write(answer, branch.style, separator=separator, seconds=video is not None)
+        text = prompts.user_text(
+            settings.prompts, branch.style, turn, answer, first=number == 0, rng=rng, rate=video.rate if video else 0
+        )
         asked = tokenizer.user_turn(text, first=number == 0)
         said = tokenizer.encode(answer)
         if number + 1 < len(branch.turns):
@@ -242,7 +280,8 @@ def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> T
     layouts = media_layouts(example, settings)
     prefix = prefix_tokens(layouts, settings.tokenizer)[0]
     rng = generator(settings.seed, example.key, "generation")
-    text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng)
+    rate = example.clip.rate if example.clip else 0
+    text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng, rate=rate)
     tokens = settings.tokenizer.user_turn(text, first=True)
     _check_fit(example.key, len(prefix), len(tokens), layouts, settings)
     return _assemble([(tokens, [False] * len(tokens))], layouts, 0, settings, 0.0)
@@ -308,7 +347,7 @@ def _assemble(
         is_vision=vision[:kept],
         layouts=layouts,
         dropped_branches=dropped,
-        cut_tokens=length - kept,
+        cut_tokens=length - kept + sum(one.cut_subtitles for one in layouts if isinstance(one, VideoLayout)),
         dropped_images=dropped_images,
     )
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from megatron_vlm.config.geometry import ImageGeometry, image_layout
-from megatron_vlm.data.crops import cut, resize, windows
-from tests.data.oracle import processed
+from megatron_vlm.config.geometry import ImageGeometry, VideoLayout, frame_layout, image_layout
+from megatron_vlm.data.crops import cut, resize, row_windows, video_windows, windows
+from tests.data.oracle import processed, video_processed
 
 MOLMO2 = ImageGeometry(grid=27, patch_size=14, pool=2, queries=0, max_crops=8)
 # (width, height): upright, wide, tiny, odd, at and beside the borders of a crop and of the margin.
@@ -56,6 +56,51 @@ def test_each_canvas_patch_is_owned_once(grid, pool, crops):
                 canvas.reshape(layout.canvas[0], 2, layout.canvas[1], 2, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 12)
             )
             assert sorted(map(bytes, shown)) == sorted(map(bytes, blocks))
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 360), (378, 378), (50, 301), (1280, 720)])
+def test_frames_equal_transformers(width, height):
+    frames = np.stack([picture(width + number, height)[:, :width] for number in range(3)])
+    expected = video_processed(frames)
+    crops = np.concatenate([cut(frame, frame_layout(MOLMO2), MOLMO2.frame) for frame in frames])
+    assert crops.tobytes() == expected["pixel_values_videos"].numpy().astype(np.uint8).tobytes()
+    assert crops.shape == tuple(expected["pixel_values_videos"].shape)
+    assert np.array_equal(video_windows(3, MOLMO2), expected["video_token_pooling"].numpy())
+    assert expected["video_grids"].tolist() == [[3, *frame_layout(MOLMO2).global_grid]]
+
+
+@pytest.mark.parametrize(("grid", "pool"), [(8, 3), (27, 2), (10, 4), (27, 7), (7, 1), (4, 5)])
+def test_frames_of_grids_that_do_not_divide(grid, pool):
+    """Windows at the edge have empty slots, half of them before."""
+    geometry = ImageGeometry(grid, 14, 2, 0, 4, pool)
+    side = -(-grid // pool)
+    assert frame_layout(geometry).global_grid == (side, side) and frame_layout(geometry).crops == 1
+    expected = video_processed(
+        np.zeros((2, 20, 20, 3), dtype=np.uint8),
+        size={"height": grid * 14, "width": grid * 14},
+        pooling_size=[pool, pool],
+    )
+    assert np.array_equal(video_windows(2, geometry), expected["video_token_pooling"].numpy())
+    assert frame_layout(geometry).placeholders * 2 == len(video_windows(2, geometry))
+
+
+def test_images_and_videos_share_a_row():
+    image = image_layout(640, 480, MOLMO2)
+    video = VideoLayout((0.0, 0.5), 0.0, frame_layout(MOLMO2))
+    table = row_windows([image, video, image], MOLMO2)
+    assert table.shape == (2 * image.placeholders + 2 * 81, 9)
+    n, first = image.placeholders, windows(image, MOLMO2)
+    assert np.array_equal(table[:n, :4], first) and (table[:n, 4:] == -1).all()
+    assert np.array_equal(table[n : n + 162], video_windows(2, MOLMO2) + image.crops * 729)
+    assert np.array_equal(table[n + 162 :, :4], np.where(first < 0, -1, first + (image.crops + 2) * 729))
+    assert row_windows([image], MOLMO2).shape == (n, 4) and row_windows([], MOLMO2).shape == (0, 1)
+
+
+def test_a_resampler_reads_frames_whole():
+    geometry = ImageGeometry(grid=8, patch_size=14, pool=2, queries=5, max_crops=4)
+    video = VideoLayout((0.0, 0.5, 1.0), 0.0, frame_layout(geometry))
+    assert video.placeholders == 15
+    assert np.array_equal(row_windows([video], geometry), np.arange(3 * 64).reshape(3, 64))
 
 
 def test_part_of_the_crops():

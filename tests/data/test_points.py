@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlm.data.example import Point, Points
-from megatron_vlm.data.points import NONE, Place, parse, parse_count, write
+from megatron_vlm.data.example import Point, Points, Tracks
+from megatron_vlm.data.points import NO_TRACKS, NONE, Place, parse, parse_count, parse_tracks, until, write
 
 
 def answer(*points: tuple[float, float, float], label: str = "cups") -> Points:
@@ -91,6 +91,66 @@ def test_reading_never_fails(text):
 )
 def test_counts(text, count):
     assert parse_count(text) == count
+
+
+def tracks(*objects: list[tuple[float, float, float]], label: str = "player") -> Tracks:
+    return Tracks(label, tuple(tuple(Point(*point) for point in places) for places in objects))
+
+
+# The second object is first seen to the right of the third; the first one comes later and is hidden at 1.0.
+GAME = tracks(
+    [(0.5, 0.9, 0.9), (1.5, 0.91, 0.9)],
+    [(0.0, 0.7, 0.41), (0.5, 0.71, 0.41), (1.0, 0.72, 0.41)],
+    [(0.0, 0.105, 0.22), (0.5, 0.11, 0.222), (1.0, 0.12, 0.23)],
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "style", "text"),
+    [
+        (tracks([(0, 0.7, 0.41)], [(0, 0.105, 0.22), (0.5, 0.11, 0.222)]), "video_point_track_per_frame",
+         '<tracks coords="0.0 1 105 220 2 700 410;0.5 1 110 222">player</tracks>'),
+        (GAME, "video_point_track_per_frame",
+         '<tracks coords="0.0 1 105 220 2 700 410;0.5 1 110 222 2 710 410 3 900 900;1.0 1 120 230 2 720 410;'
+         '1.5 3 910 900">player</tracks>'),
+        (GAME, "video_point_track_start_end",
+         '<tracks coords="0.0 1 105 220 2 700 410;0.5 3 900 900;1.0 1 120 230 2 720 410;1.5 3 910 900">'
+         'player</tracks>'),
+        (tracks([(2.04, 0.5, 0.5)]), "video_single_point_track_start_end",
+         '<tracks coords="2.0 1 500 500">player</tracks>'),
+        (tracks(), "video_point_track_per_frame", NO_TRACKS),
+        # Two places of one object within a tenth of a second: the first.
+        (tracks([(1.01, 0.5, 0.5), (1.04, 0.6, 0.5)]), "video_point_track_per_frame",
+         '<tracks coords="1.0 1 500 500">player</tracks>'),
+    ],
+)  # fmt: skip
+def test_tracks_are_written_as_molmo2_does(answer, style, text):
+    assert write(answer, style) == text
+    assert write(answer, style, separator="\t") == text.replace(";", "\t")
+
+
+def test_tracks_are_read():
+    found = parse_tracks(write(GAME, "video_point_track_per_frame"))
+    assert sorted(found) == [1, 2, 3]
+    assert [tuple(place[i] for i in (0, 2, 3)) for place in found[3]] == list(map(tuple, GAME.objects[0]))
+    assert [place.at for place in found[1]] == [0.0, 0.5, 1.0]
+    assert parse_tracks(NO_TRACKS) == {}
+
+
+def test_tracks_end_with_the_last_frame_shown():
+    assert until(GAME, 1.0) == tracks(list(GAME.objects[0][:1]), list(GAME.objects[1]), list(GAME.objects[2]))
+    assert until(GAME, 0.0).objects == (GAME.objects[1][:1], GAME.objects[2][:1])
+    assert until(GAME, 9.0) == GAME
+
+
+def test_times_in_one_tenth_of_a_second_are_one_group():
+    points = answer((1.04, 0.9, 0.1), (1.01, 0.95, 0.2), (2.26, 0.5, 0.5))
+    assert write(points, "video_point", seconds=True) == (
+        '<points coords="1.0 1 900 100 2 950 200;2.3 3 500 500">cups</points>'
+    )
+    assert write(points, "video_point_count", seconds=True).endswith(" shows a total of 3.")
+    assert write(points, "video_count", seconds=True) == "3"
+    assert write(points, "video_count_point", seconds=True).startswith("There are 3 <points")
 
 
 def test_coordinates_outside_are_clamped_and_nan_refused():
