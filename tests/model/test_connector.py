@@ -18,13 +18,15 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 #: Two heads of 72 in tower and pooling, 3 x 3 patches in a crop.
 VISION = dataclasses.replace(SIGLIP2_SO400M, image_size=12, patch_size=4, width=144, heads=2, mlp=200, layers=4)
 
+LANGUAGE = dataclasses.replace(TINY_LANGUAGE, hidden=128)
+
 
 def architecture(kind: str, **changes: Any) -> Architecture:
     connector = ConnectorArchitecture(
         kind=kind, taps=(3, 1), image_pool=2, video_pool=3, width=144, heads=2, mlp=192,
         queries=5 if kind == "resampler" else 0, layers=2 if kind == "resampler" else 0,
     )  # fmt: skip
-    return Architecture(VISION, dataclasses.replace(connector, **changes), TINY_LANGUAGE)
+    return Architecture(VISION, dataclasses.replace(connector, **changes), LANGUAGE)
 
 
 def connector(arch: Architecture, **settings: Any):
