@@ -36,6 +36,7 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "psutil>=6",
+        "rich>=13",  # tables and bars of tools/plan.py
         # Downloads of media: connections that can be checked before anything is sent, and tries with growing waits.
         "urllib3>=2.2,<3",
         "tenacity>=8.2",

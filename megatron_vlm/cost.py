@@ -95,8 +95,10 @@ def _connector(arch: Architecture, work: Work) -> int:
         return attention + windows * (4 * width + 2 * hidden) * connector.mlp
     if connector.kind == "resampler":
         queries = windows * connector.queries
-        # Per layer: queries and output, keys and values, scores and sums, and an MLP of 4 x width.
-        layer = 4 * queries * width**2 + 4 * slots * width**2 + 4 * connector.queries * slots * width
+        # Per layer: attention among the queries, then over the patches (queries and output, keys and values, scores and
+        # sums), and an MLP of 4 x width.
+        layer = 8 * queries * width**2 + 4 * queries * connector.queries * width
+        layer += 4 * queries * width**2 + 4 * slots * width**2 + 4 * connector.queries * slots * width
         layer += 16 * queries * width**2
         return 2 * slots * inside * width + connector.layers * layer + 2 * queries * width * hidden
     if connector.kind == "mlp":

@@ -1,0 +1,91 @@
+"""Plans, remedies, rankings: what they say holds together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from rich.console import Console
+
+from megatron_vlm.config import load
+from megatron_vlm.plan import hardware, report, sweep, workload
+from tests.test_imports import ROOT
+
+
+def plan(recipe: str, gpu: str = "h100", nodes: int = 4, per_node: int = 8, *settings: str) -> sweep.Plan:
+    config = load.load(ROOT / "examples" / "recipes" / recipe, settings)
+    return sweep.plan(config, hardware.Cluster(hardware.find(gpu), nodes, per_node), workload.assume(config))
+
+
+def test_shares_add_up():
+    for settings in ((), ("parallel.pipeline=2",), ("parallel.pipeline=2", "parallel.virtual_pipeline=2")):
+        time = plan("molmo2_8b/stage2.yaml", "h100", 4, 8, *settings).time
+        assert sum(time.shares.values()) == pytest.approx(time.total)
+        assert time.shares[time.bound] == max(time.shares.values())
+        assert 0 < time.mfu < 0.7
+        assert (time.bubble > 0) == bool(settings)
+
+
+def test_more_virtual_stages_shrink_the_bubble_and_keep_more():
+    plain, interleaved = (
+        plan("molmo2_8b/stage2.yaml", "h100", 4, 8, "parallel.pipeline=2", f"parallel.virtual_pipeline={virtual}")
+        for virtual in (1, 2)
+    )
+    assert interleaved.time.bubble < plain.time.bubble
+    assert sum(interleaved.memory[0].activations.values()) > sum(plain.memory[0].activations.values())
+
+
+def test_recompute_trades_time_for_memory():
+    kinds = [plan("molmo2_4b/stage2.yaml", "h200", 4, 8, f"train.recompute={kind}") for kind in sweep.RECOMPUTE]
+    assert [p.peak for p in kinds] == sorted((p.peak for p in kinds), reverse=True)
+    assert [p.time.total for p in kinds] == sorted(p.time.total for p in kinds)
+
+
+def test_remedy_fits_and_changes_one_setting_where_one_is_enough():
+    found = plan("molmo2_8b/stage3.yaml", "a100-40", 8, 8, "train.recompute=none")
+    assert not found.fits
+    change = sweep.remedy(found)
+    assert change is not None and change.plan.fits
+    assert change.plan.config == sweep.changed(found.config, change.settings)
+    assert len(change.settings) == 1
+    impossible = dataclasses.replace(found.cluster.gpu, memory=8 * hardware.GIB)
+    found = dataclasses.replace(found, cluster=dataclasses.replace(found.cluster, gpu=impossible))
+    assert sweep.remedy(found) is None
+
+
+def test_ranking():
+    found = plan("qwen3_0.6b/stage1.yaml", "a100-40", 1, 4)
+    changes = sweep.ranked(found)
+    fitting = [change for change in changes if change.plan.fits]
+    assert changes[: len(fitting)] == fitting
+    times = [change.plan.time.total for change in fitting]
+    assert times == sorted(times) and times[0] <= found.time.total
+    assert len({change.words for change in changes}) == len(changes)
+    for change in changes:
+        assert change.plan.layout.world == 4
+
+
+def test_balanced_stages_are_faster():
+    found = plan("molmo2_8b/stage2.yaml", "h100", 4, 8, "parallel.pipeline=2")
+    counts = sweep.pipeline_layers(found)
+    assert counts is not None and sum(counts) == 36 and counts[0] < 18
+    better = plan("molmo2_8b/stage2.yaml", "h100", 4, 8, "parallel.pipeline=2",
+                  f"parallel.pipeline_layers={list(counts)}")  # fmt: skip
+    assert better.time.total < found.time.total
+    assert sweep.pipeline_layers(plan("molmo2_4b/stage1.yaml")) is None
+
+
+@pytest.mark.parametrize("recipe", ["tiny/stage2.yaml", "molmo2_8b/stage3.yaml"])
+def test_report(recipe):
+    found = plan(recipe, "h100", 4 if "molmo2" in recipe else 1, 8 if "molmo2" in recipe else 2)
+    content = json.loads(json.dumps(report.data(found)))
+    assert content["peak_bytes"] == max(stage["peak_bytes"] for stage in content["stages"])
+    for stage, memory in zip(content["stages"], found.memory, strict=True):
+        parts = [stage[name] for name in ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "working_bytes",
+                                          "buffer_bytes")]  # fmt: skip
+        assert sum(parts) + sum(stage["activation_bytes"].values()) == memory.peak
+    console = Console(record=True, width=150, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.page(found, console)
+    text = console.export_text()
+    assert f"{found.peak / hardware.GIB:.2f}" in text and f"MFU {found.time.mfu:.1%}" in text
