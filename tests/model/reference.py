@@ -1,4 +1,4 @@
-"""Weights of transformers' towers and connectors in our modules: what a conversion does, written again for tests."""
+"""Weights of transformers' towers, connectors and Molmo2 in our modules: a conversion, written again for tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_vlm.config.architecture import Architecture
 from tests.torchvision import declare_operators
 
 if TYPE_CHECKING:  # Megatron is imported once a test has redirected it to the CPU
     from megatron_vlm.model.connector import Connector
     from megatron_vlm.model.vision import VisionTower
+    from megatron_vlm.model.vlm import VlmModel
 
 declare_operators()
 
@@ -97,3 +99,54 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
             parameter.normal_(0, 0.15, generator=generator)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1)
+
+
+def molmo2(arch: Architecture):
+    """transformers' Molmo2 of this architecture, with random weights."""
+    from transformers import (
+        Molmo2AdapterConfig,
+        Molmo2Config,
+        Molmo2ForConditionalGeneration,
+        Molmo2TextConfig,
+        Molmo2VisionConfig,
+    )
+
+    vision, connector, language = arch.vision, arch.connector, arch.language
+    config = Molmo2Config(
+        vision_config=Molmo2VisionConfig(
+            hidden_size=vision.width, intermediate_size=vision.mlp, num_hidden_layers=vision.layers,
+            num_attention_heads=vision.heads, num_key_value_heads=vision.heads, head_dim=vision.width // vision.heads,
+            image_size=[vision.image_size] * 2, patch_size=vision.patch_size,
+        ),
+        adapter_config=Molmo2AdapterConfig(
+            vision_feature_layer=list(connector.taps), hidden_size=connector.width,
+            num_attention_heads=connector.heads, num_key_value_heads=connector.heads,
+            head_dim=connector.width // connector.heads, intermediate_size=connector.mlp,
+            text_hidden_size=language.hidden,
+        ),
+        text_config=Molmo2TextConfig(
+            hidden_size=language.hidden, num_attention_heads=language.heads, num_key_value_heads=language.kv_heads,
+            head_dim=language.head_dim, vocab_size=language.vocab_size, additional_vocab_size=language.new_rows,
+            num_hidden_layers=language.layers, intermediate_size=language.mlp, rms_norm_eps=language.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        ),
+        image_patch_id=arch.token_id("<im_patch>"),
+    )  # fmt: skip
+    model = Molmo2ForConditionalGeneration(config).eval()
+    randomize(model)
+    return model
+
+
+def load_molmo2(model: VlmModel, reference) -> None:
+    """Copy the weights of transformers' Molmo2 into a whole model."""
+    from tests.model.decoders import load_decoder
+
+    weights = reference.state_dict()
+    load_tower(model.vision, _part(weights, "model.vision_tower."), MOLMO2)
+    adapter = _part(weights, "model.multi_modal_projector.")
+    load_molmo2_connector(model.connector, adapter, reference.config.adapter_config.num_attention_heads)
+    load_decoder(model.language, weights, "model.language_model.")
+
+
+def _part(weights: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -14,8 +14,7 @@ from megatron_vlm.config.geometry import image_geometry, image_layout
 from megatron_vlm.data.crops import cut, windows
 from megatron_vlm.parallel.layout import Layout
 from tests.model import tiny
-from tests.model.decoders import load_decoder
-from tests.model.reference import MOLMO2, load_molmo2_connector, load_tower, randomize
+from tests.model.reference import load_molmo2, molmo2
 
 # 8 x 8 patches, so that crops overlap as Molmo2's do.
 ARCH = dataclasses.replace(tiny.ARCH, vision=dataclasses.replace(tiny.VISION, image_size=112))
@@ -115,41 +114,6 @@ def batch(rows: list[list[Sample]]) -> Batch:
     )
 
 
-def molmo2():
-    from transformers import (
-        Molmo2AdapterConfig,
-        Molmo2Config,
-        Molmo2ForConditionalGeneration,
-        Molmo2TextConfig,
-        Molmo2VisionConfig,
-    )
-
-    vision, connector, language = ARCH.vision, ARCH.connector, ARCH.language
-    config = Molmo2Config(
-        vision_config=Molmo2VisionConfig(
-            hidden_size=vision.width, intermediate_size=vision.mlp, num_hidden_layers=vision.layers,
-            num_attention_heads=vision.heads, num_key_value_heads=vision.heads, head_dim=vision.width // vision.heads,
-            image_size=[vision.image_size] * 2, patch_size=vision.patch_size,
-        ),
-        adapter_config=Molmo2AdapterConfig(
-            vision_feature_layer=list(connector.taps), hidden_size=connector.width,
-            num_attention_heads=connector.heads, num_key_value_heads=connector.heads,
-            head_dim=connector.width // connector.heads, intermediate_size=connector.mlp,
-            text_hidden_size=language.hidden,
-        ),
-        text_config=Molmo2TextConfig(
-            hidden_size=language.hidden, num_attention_heads=language.heads, num_key_value_heads=language.kv_heads,
-            head_dim=language.head_dim, vocab_size=language.vocab_size, additional_vocab_size=language.new_rows,
-            num_hidden_layers=language.layers, intermediate_size=language.mlp, rms_norm_eps=language.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
-        ),
-        image_patch_id=ARCH.token_id("<im_patch>"),
-    )  # fmt: skip
-    model = Molmo2ForConditionalGeneration(config).eval()
-    randomize(model)
-    return model
-
-
 def expected_logits(reference, rows: list[Sample]) -> torch.Tensor:
     """transformers' logits of a padded batch of samples without branches."""
     made = batch([[row] for row in rows])
@@ -173,18 +137,11 @@ def expected_logits(reference, rows: list[Sample]) -> torch.Tensor:
 def models(one_rank):
     from megatron_vlm.model.build import build
 
-    reference = molmo2()
-    weights = reference.state_dict()
+    reference = molmo2(ARCH)
     (model,) = build(tiny.config(ARCH), Layout(1))
-    load_tower(model.vision, part(weights, "model.vision_tower."), MOLMO2)
-    load_molmo2_connector(model.connector, part(weights, "model.multi_modal_projector."), ARCH.connector.heads)
-    load_decoder(model.language, weights, "model.language_model.")
+    load_molmo2(model, reference)
     with torch.no_grad():
         yield model, reference
-
-
-def part(weights, prefix):
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def test_padded_batch_equals_molmo2(models):
