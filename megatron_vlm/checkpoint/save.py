@@ -42,9 +42,13 @@ class Synchronous(SaveShardedStrategy):
         flat, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_checkpoint.save(
             torch_format.mcore_to_pyt_state_dict(flat, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            storage_writer=self.writer(checkpoint_dir),
             planner=self.planner(),
         )
+
+    def writer(self, checkpoint_dir: str | Path) -> torch_checkpoint.FileSystemWriter:
+        """What writes the files."""
+        return torch_checkpoint.FileSystemWriter(checkpoint_dir)
 
     def planner(self) -> torch_format.MCoreSavePlanner:
         """Where the values come from: the tensors themselves. Conversion overrides it and reads them when needed."""

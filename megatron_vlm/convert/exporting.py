@@ -123,7 +123,7 @@ def _planned(source: Checkpoint, form: str, entries: Iterable[Entry], wanted: to
 
 
 def _maker(source: Checkpoint, entry: Entry, form: str, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    return lambda: entry.tensors(form, entry.parts("megatron", source.read))[key].to(dtype)
+    return lambda: entry.tensors(form, entry.parts("megatron", source.read_again))[key].to(dtype)
 
 
 def _single(

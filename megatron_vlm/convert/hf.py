@@ -9,12 +9,12 @@ import shutil
 import struct
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_vlm.convert.entries import Shape
 
@@ -111,14 +111,22 @@ class Weights:
                 raise ValueError(f"{self.directory / stored.file} holds {key}, which {INDEX} does not name.")
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor. It is mapped: its memory is the file's pages, until it is copied or dropped."""
+        """One tensor, in memory of its own."""
         stored = self.tensors[key]
         path = self.directory / stored.file
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: tensor {key} cannot be read: {error}.") from error
+        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        if tensor.numel():
+            with path.open("rb") as stream:
+                stream.seek(stored.start)
+                read = stream.readinto(bytes_of(tensor))
+            if read != stored.bytes:
+                raise ValueError(f"{path}: tensor {key} has {stored.bytes} bytes, but only {read} could be read.")
+        return tensor
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
 def header(path: Path) -> dict[str, Stored]:
@@ -282,10 +290,11 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], No
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        for data in (struct.pack("<Q", len(text)), text):
-            stream.write(data)
-            digest.update(data)
+    # Hashing takes as long as writing, and lets go of the interpreter.
+    with path.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
+        begin = struct.pack("<Q", len(text)) + text
+        stream.write(begin)
+        hashing = hasher.submit(digest.update, begin)
         for each in tensors:
             tensor = each.make()
             if tensor.dtype != each.dtype or tuple(tensor.shape) != each.shape:
@@ -293,10 +302,13 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], No
                     f"{path}: tensor {each.key} became {tensor.dtype} {list(tensor.shape)}; planned {each.dtype} "
                     f"{list(each.shape)}."
                 )
-            view = memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B") if tensor.numel() else b""
+            view = bytes_of(tensor.contiguous()) if tensor.numel() else b""
+            # One tensor waits for its hash while the next is made.
+            hashing.result()
+            hashing = hasher.submit(digest.update, view)
             stream.write(view)
-            digest.update(view)
             progress(each.bytes)
+        hashing.result()
         stream.flush()
         os.fsync(stream.fileno())
     return digest.hexdigest()

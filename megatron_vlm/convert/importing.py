@@ -14,52 +14,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import torch as torch_format
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_vlm.checkpoint import save, sharded
 from megatron_vlm.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from megatron_vlm.convert import configs
 from megatron_vlm.convert.entries import Shape
 from megatron_vlm.convert.hf import CONFIG, read_json
+from megatron_vlm.convert.lazy import Lazy
 from megatron_vlm.convert.plan import OWN, Source, plan, with_head
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel import groups
 from megatron_vlm.parallel.layout import Layout
 
 PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
-
-
-class _Lazy(save.Synchronous):
-    """Writes tensors that are made when their turn comes."""
-
-    def __init__(self, make: Callable[[str], torch.Tensor], dtype: torch.dtype, progress: Callable[[int], None]):
-        super().__init__()
-        self._make, self._dtype, self._progress = make, dtype, progress
-
-    def planner(self) -> torch_format.MCoreSavePlanner:
-        return _LazyPlanner(self._make, self._dtype, self._progress)
-
-
-class _LazyPlanner(torch_format.MCoreSavePlanner):
-    def __init__(self, make: Callable[[str], torch.Tensor], dtype: torch.dtype, progress: Callable[[int], None]):
-        super().__init__(flatten_state_dict=False)
-        self._make, self._dtype, self._progress = make, dtype, progress
-        self._last: tuple[str, torch.Tensor] | None = None
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        """The values of one piece of a tensor (halves of a gated layer are written one by one)."""
-        if write_item.type == WriteItemType.BYTE_IO:
-            return super().resolve_data(write_item)
-        name, chunk = write_item.index.fqn, write_item.tensor_data.chunk
-        if self._last is None or self._last[0] != name:
-            self._last = None
-            self._last = name, self._make(name)
-        piece = self._last[1]
-        for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            piece = piece.narrow(dim, start, size)
-        self._progress(piece.numel() * self._dtype.itemsize)
-        return piece.to(self._dtype)
 
 
 @contextmanager
@@ -162,7 +129,7 @@ def bring(
             step=0,
             config=config,
             state={"lineage": made.lineage()},
-            strategy=_Lazy(made.make, dtype, advance),
+            strategy=Lazy(made.make, dtype, advance),
         )
 
 

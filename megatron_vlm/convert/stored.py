@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_vlm.checkpoint import load, sharded, unpickle, verify
 from megatron_vlm.config.architecture import (
@@ -19,17 +18,6 @@ from megatron_vlm.config.architecture import (
     VisionArchitecture,
 )
 from megatron_vlm.convert.entries import Shape
-
-
-class _Reader(torch_checkpoint.FileSystemReader):
-    """torch's reader, with metadata that has passed the allow-list."""
-
-    def __init__(self, path: Path, metadata: Metadata) -> None:
-        super().__init__(path)
-        self._checked = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._checked
 
 
 class Checkpoint:
@@ -49,16 +37,42 @@ class Checkpoint:
         for key, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(sharded.OPTIMIZER):
                 self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
-        self._reader = _Reader(self.path, metadata)
+        self._metadata = metadata
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def read_again(self, key: str) -> torch.Tensor:
+        """`read`, which remembers the last tensor: queries, keys and values come from one."""
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            self._last = key, self.read(key)
+        return self._last[1]
 
     def read(self, key: str) -> torch.Tensor:
-        """One whole tensor."""
-        tensor = torch.empty(self.shapes[key], dtype=self.dtypes[key])
-        with unpickle.only_weights(), warnings.catch_warnings():
-            # That there is no process group, which is what was asked for.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            torch_checkpoint.load({key: tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor
+        """One whole tensor, put together from the pieces that the ranks wrote."""
+        whole: torch.Tensor | None = None
+        chunks = self._metadata.state_dict_metadata[key].chunks
+        if sum(chunk.sizes.numel() for chunk in chunks) != torch.Size(self.shapes[key]).numel():
+            raise ValueError(f"{self.path}: the pieces of {key} do not make up {list(self.shapes[key])}.")
+        for chunk in chunks:
+            piece = self._piece(key, chunk.offsets)
+            if piece.shape != chunk.sizes or piece.dtype != self.dtypes[key]:
+                raise ValueError(
+                    f"{self.path}: {key} at {tuple(chunk.offsets)} is {piece.dtype} {list(piece.shape)}, the metadata "
+                    f"says {self.dtypes[key]} {list(chunk.sizes)}. Do not use this checkpoint."
+                )
+            if tuple(chunk.sizes) == self.shapes[key]:
+                return piece
+            if whole is None:
+                whole = torch.empty(self.shapes[key], dtype=self.dtypes[key])
+            place = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            whole[place] = piece
+        assert whole is not None, f"{key} has no pieces"
+        return whole
+
+    def _piece(self, key: str, offset: torch.Size) -> torch.Tensor:
+        info = self._metadata.storage_data[MetadataIndex(key, offset)]
+        with (self.path / info.relative_path).open("rb") as stream:
+            return torch.load(_create_file_view(stream, info.offset, info.length), "cpu", weights_only=True)
 
 
 def architecture(fields: dict[str, Any]) -> Architecture:
