@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
-from megatron_vlm.config import geometry, presets
+from megatron_vlm.config import duration, geometry, presets
 from megatron_vlm.config.architecture import COMPONENTS, Architecture
 from megatron_vlm.config.keys import keys
 from megatron_vlm.config.schema import Config
@@ -219,6 +219,16 @@ def _frames(config: Config, arch: Architecture, world: int) -> Iterator[str]:
         )
 
 
+def _time(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    if not config.run.time_limit:
+        return
+    try:
+        if not duration.seconds(config.run.time_limit):
+            yield f"run.time_limit={config.run.time_limit!r} leaves no time; leave it empty for no limit."
+    except ValueError as error:
+        yield f"run.time_limit={error}"
+
+
 def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
     unknown = [name for name in config.model.freeze if name not in COMPONENTS]
     if unknown:
@@ -231,4 +241,4 @@ def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
             yield f"optim.{component}.min_lr={optim.min_lr} is above optim.{component}.lr={optim.lr}."
 
 
-RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _frames, _training)
+RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _frames, _time, _training)

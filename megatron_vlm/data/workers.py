@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from types import FrameType
 
 import torch
 import torch.multiprocessing  # noqa: F401  (teaches multiprocessing to pass tensors through shared memory)
@@ -16,6 +19,9 @@ from megatron_vlm.data.collate import Collator, MicroBatch
 
 #: Threads that decode images side by side where there are no worker processes.
 THREADS = 4
+_TO_THE_TRAINER = {signal.SIGTERM, signal.SIGUSR1}
+#: How long a worker goes on after SIGTERM.
+_LEAVE_S = 60.0
 
 _collator: Collator | None = None
 
@@ -33,6 +39,7 @@ class Workers:
         self._images: ThreadPoolExecutor | None = None
         self._pool: Executor
         if workers:
+            _start_server()
             # Not forked from this process, which holds threads and maybe a GPU.
             self._pool = ProcessPoolExecutor(
                 workers,
@@ -58,9 +65,31 @@ class Workers:
             self._images.shutdown(wait=True, cancel_futures=True)
 
 
+def _start_server() -> None:
+    """Start the server that workers are forked from, deaf to the signals that a job's launcher sends to every process.
+
+    They ask the trainer to stop at a step boundary, and it needs its workers until then.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_TRAINER)  # inherited
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_later(number: int, frame: FrameType | None) -> None:
+    """SIGTERM also comes from the pool, which clears up after a worker that died: so not deaf for ever."""
+    timer = threading.Timer(_LEAVE_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
 def _start(collator: Collator) -> None:
     global _collator
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_THE_TRAINER)
     torch.set_num_threads(1)
     _collator = collator
 

@@ -75,8 +75,7 @@ def _train(config: Config) -> int:
 
         layout = Layout.of(config.parallel, dist.get_world_size())
         groups.initialize(layout, backend=backend, seed=config.train.seed, timeout_s=process.TIMEOUT_S)
-        loop.train(config, layout)
-        return 0
+        return loop.train(config, layout).code
     except (ValueError, FloatingPointError) as error:
         if process.speaks(str(error)):
             _print_error(error)

@@ -6,6 +6,8 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,40 +17,80 @@ import torch.distributed as dist
 from megatron_vlm import cost
 from megatron_vlm.batch import Batch
 from megatron_vlm.checkpoint import save as checkpoint
+from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, optim, resume
+from megatron_vlm.train import directory, ending, optim, resume
+from megatron_vlm.train.ending import Ending, Watch
+from megatron_vlm.train.lock import Lock
 from megatron_vlm.train.metrics import Reporter
 from megatron_vlm.train.step import Outcome, Stepper
 
 
-def train(config: Config, layout: Layout) -> None:
-    """Train to `train.steps`. Process groups exist; every rank calls it.
+@dataclass
+class Progress:
+    """All that a resumed run needs beside weights, optimizer and the loader's state."""
 
-    Raises ValueError where a checkpoint, the data or the tokenizer do not fit the settings.
+    step: int
+    """Steps done."""
+    counters: dict[str, int]
+    """Counts over the whole run."""
+
+
+def train(config: Config, layout: Layout) -> Ending:
+    """Train to `train.steps`, or until something asks for an earlier end. Process groups exist; every rank calls it.
+
+    Raises ValueError where a checkpoint, the data or the tokenizer do not fit the settings, or another process uses
+    the run directory; FloatingPointError where loss or gradients are not finite. Leaves exit.json in the run directory.
     """
+    folder, first = directory.path(config), dist.get_rank() == 0
+    progress = Progress(0, {"skipped_steps": 0, "skipped_samples": 0})
+    with ExitStack() as stack:
+        watch = stack.enter_context(Watch(config.run, folder))
+        with together("taking the run directory"):
+            if first:
+                stack.enter_context(Lock(folder))
+                (folder / ending.FILE).unlink(missing_ok=True)
+        try:
+            reason = _train(config, layout, progress, watch)
+        except BaseException as error:
+            if first and (folder / "config.yaml").exists():
+                Ending("failed", f"{type(error).__name__}: {error}", progress.step).write(folder)
+            raise
+        done = Ending("requeue" if reason else "finished", reason or "all steps done", progress.step)
+        if first:
+            (folder / ending.STOP_FILE).unlink(missing_ok=True)
+            done.write(folder)
+    return done
+
+
+def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> str:
+    """The loop; gives why it ended early, or nothing."""
     start = resume.find(config)
     share = _share(layout)
     loader = Loader(config, presets.architecture(config.model), share, state=start.data)
+    if config.eval.every:
+        _held_out(config, share).close()  # what it refuses is refused now
     models = optim.wrap(build(config, layout), config)
     optimizer = optim.build(models, config)
     resume.restore(start, models, optimizer, config)
     stepper = Stepper(models, optimizer, config, loader.sources)
     reporter = _reporter(config, layout, start)
     batches = iter(loader)
-    # All that a resumed run needs beside weights and optimizer.
-    step, counters = start.step, {"skipped_steps": 0, "skipped_samples": 0} | start.counters
+    progress.step, saved = start.step, start.step
+    counters = progress.counters = progress.counters | start.counters
 
-    while step < config.train.steps:
+    while not (reason := watch.agreed()) and progress.step < config.train.steps:
         began = time.perf_counter()
         fetched = next(batches)
         waited_s = time.perf_counter() - began
-        step += 1
+        step = progress.step + 1
         outcome = stepper.train(fetched.micro_batches, step)
+        progress.step = step
         counters["skipped_steps"] += not outcome.norms
         counters["skipped_samples"] += len(fetched.skipped)
         record = _record(config, step, fetched, outcome) | counters
@@ -58,14 +100,29 @@ def train(config: Config, layout: Layout) -> None:
         if reporter:
             reporter.step(record, _ledger(fetched))
         if _due(step, config.checkpoint.every) or step == config.train.steps:
-            state = {"data": loader.state_dict(), "counters": counters}
-            checkpoint.save(
-                directory.checkpoints(config), models=models, optimizer=optimizer, step=step, config=config, state=state
-            )
+            _save(config, models, optimizer, loader, progress, watch)
+            saved = step
+    if reason and progress.step > saved:
+        _save(config, models, optimizer, loader, progress, watch)
+    early = reason if progress.step < config.train.steps else ""
     if reporter:
-        reporter.say(f"Finished at step {step}. Checkpoint, metrics and logs: {directory.path(config)}")
+        ended = (
+            f"Stopped after step {progress.step} ({reason}); the same command goes on from there."
+            if early
+            else (f"Finished at step {progress.step}.")
+        )
+        reporter.say(f"{ended} Checkpoint, metrics and logs: {directory.path(config)}")
         reporter.close()
     loader.close()
+    return early
+
+
+def _save(config: Config, models: list[Any], optimizer: Any, loader: Loader, progress: Progress, watch: Watch) -> None:
+    began = time.monotonic()
+    state = {"data": loader.state_dict(), "counters": progress.counters}
+    folder = directory.checkpoints(config)
+    checkpoint.save(folder, models=models, optimizer=optimizer, step=progress.step, config=config, state=state)
+    watch.saved(time.monotonic() - began)
 
 
 def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter | None:
@@ -105,12 +162,22 @@ def _share(layout: Layout) -> Share:
 def _evaluate(config: Config, stepper: Stepper, share: Share) -> dict[str, float]:
     """Loss on the first `eval.rows` held-out rows, always the same ones."""
     began = time.perf_counter()
-    loader = Loader(config, presets.architecture(config.model), share, split=config.eval.split, one_pass=True)
+    loader = _held_out(config, share)
     count = max(1, config.eval.rows // config.train.global_batch)
     outcome = stepper.evaluate(_micro_batches(itertools.islice(iter(loader), count)))
     loader.close()
     losses = {f"eval_loss/{name}": loss for name, loss in outcome.losses.items()}
     return {"eval_loss": outcome.loss, **losses, "eval_time_s": time.perf_counter() - began}
+
+
+def _held_out(config: Config, share: Share) -> Loader:
+    try:
+        return Loader(config, presets.architecture(config.model), share, split=config.eval.split, one_pass=True)
+    except ValueError as error:
+        raise ValueError(
+            f"there are no rows for the held-out loss: {error} Build the shards with held-out samples, set eval.split "
+            f"to a split that has some, or switch it off with eval.every=0 (now {config.eval.every})."
+        ) from error
 
 
 def _micro_batches(steps: Iterator[Fetched]) -> Iterator[tuple[Batch, ...]]:

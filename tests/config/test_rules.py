@@ -22,6 +22,8 @@ def settings(tmp_path):
 # (overrides, processes, what the message says)
 BROKEN = [
     (["run.device=tpu"], 1, r"run\.device='tpu' does not exist; choose one of auto, cpu, cuda\."),
+    (["run.time_limit=soon"], 1, r"run\.time_limit='soon' is no length of time; write minutes \(90\)"),
+    (["run.time_limit=00:00:00"], 1, r"run\.time_limit='00:00:00' leaves no time"),
     (["run.resume=maybe"], 1, r"run\.resume='maybe' does not exist; choose one of auto, never, must\."),
     (["parallel.vision=pipeline"], 1, r"parallel\.vision='pipeline' does not exist"),
     (["data.prompts=long"], 1, r"data\.prompts='long' does not exist"),

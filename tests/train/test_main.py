@@ -76,6 +76,9 @@ def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys):
     assert [line["step"] for line in ledger] == [1, 2, 3, 4, 5, 6]
     assert all({"window", "offset", "keys_hash", "skipped"} <= set(line) for line in ledger)
     assert load.load(run / "config.yaml") == load.load(recipe)
+    assert json.loads((run / "exit.json").read_text()) == {
+        "outcome": "finished", "reason": "all steps done", "step": 6,
+    }  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iter_0000004", "iter_0000006", "latest"]
     # A second start has nothing to do, and says so.
     assert command.main([str(recipe)]) == 0
@@ -103,6 +106,7 @@ def test_errors_name_the_thing_and_the_next_move(recipe, tmp_path, capsys):
     assert "holds no manifest.json" in _fails(capsys, recipe, f"data.manifest={tmp_path}")
     assert "init.checkpoint=nowhere" in _fails(capsys, recipe, "init.checkpoint=nowhere")
     assert "run.resume=must" in _fails(capsys, recipe, "run.resume=must")
+    assert "held-out loss: " in _fails(capsys, recipe, "eval.split=test")  # at the start, not at step eval.every
     assert not (tmp_path / "run").exists()  # nothing half-written
 
 
@@ -127,6 +131,19 @@ def test_the_next_stage_starts_from_the_weights_of_the_last(recipe, tmp_path, ca
     assert first["step"] == 1 and abs(first["loss"] - last["loss"]) < 0.7  # random weights: 1.5 above
 
 
+def test_a_stop_file_ends_the_run_with_a_checkpoint_and_a_failed_start_says_so(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stop").touch()
+    assert command.main([str(recipe)]) == 85
+    assert json.loads((run / "exit.json").read_text()) == {"outcome": "requeue", "reason": "stop file", "step": 0}
+    assert not (run / "stop").exists()
+    assert command.main([str(recipe), "train.steps=2"]) == 0
+    assert "data.seed: was 0, is 1" in _fails(capsys, recipe, "train.steps=2", "data.seed=1")
+    told = json.loads((run / "exit.json").read_text())
+    assert told["outcome"] == "failed" and told["reason"].startswith("ValueError: ") and not (run / "lock").exists()
+
+
 def _start(recipe, *overrides):
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_vlm.train", str(recipe), *overrides],
@@ -135,7 +152,32 @@ def _start(recipe, *overrides):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # a group of its own, to be signalled as a job's launcher does
     )
+
+
+def _wait_for_lines(process, log, lines):
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_a_run_told_to_end_saves_asks_for_a_requeue_and_keeps_others_out_until_then(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    overrides = ("train.steps=1000", "checkpoint.every=0", "data.workers=1", "eval.every=0")
+    process = _start(recipe, *overrides)
+    _wait_for_lines(process, run / "metrics.jsonl", 2)
+    assert f"is in use by process {process.pid}" in _fails(capsys, recipe, *overrides)
+    os.killpg(process.pid, signal.SIGTERM)  # workers too
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 85, said
+    told = json.loads((run / "exit.json").read_text())
+    step = len((run / "metrics.jsonl").read_text().splitlines())
+    assert told == {"outcome": "requeue", "reason": "SIGTERM", "step": step}
+    assert f"Stopped after step {step} (SIGTERM)" in said
+    assert [path.name for path in (run / "checkpoints").glob("iter_*")] == [f"iter_{step:07d}"]
+    assert not (run / "lock").exists()
 
 
 @pytest.mark.slow
@@ -143,13 +185,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(recipe, tmp_path):
     overrides = ("train.steps=9", "train.residual_dropout=0.1", "data.workers=1")
     whole = _start(recipe, f"run.dir={tmp_path / 'whole'}", *overrides)
     killed = _start(recipe, f"run.dir={tmp_path / 'killed'}", *overrides)
-    log, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 200
     # Killed between the checkpoints of steps 4 and 6, when step 5 has been logged.
-    while not (log.exists() and log.read_text().count("\n") >= 5):
-        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()[0]
-        time.sleep(0.01)
+    _wait_for_lines(killed, tmp_path / "killed" / "metrics.jsonl", 5)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate(timeout=30)  # ends when its decoding workers have ended too: they hold the same output
+    killed.communicate(timeout=100)  # ends when its decoding workers have ended too: they hold the same output
     assert whole.wait(timeout=200) == 0, whole.communicate()[0]
     again = _start(recipe, f"run.dir={tmp_path / 'killed'}", *overrides)
     said, _ = again.communicate(timeout=200)
