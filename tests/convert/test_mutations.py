@@ -194,12 +194,12 @@ def test_logits_find_what_the_table_has_wrong(source, tmp_path, monkeypatch, nam
 
 
 def test_disk_full_while_importing_leaves_nothing(source, tmp_path, monkeypatch):
-    from torch.distributed.checkpoint import filesystem
+    from megatron_vlm.convert import lazy
 
-    def full(*_: object) -> None:
+    def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(filesystem, "_write_item", full)
+    monkeypatch.setattr(lazy.os, "fsync", full)
     with pytest.raises(RuntimeError, match="No space left on device.*Is the disk full"):
         world.bring(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
