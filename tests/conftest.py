@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.pool import Pool  # noqa: E402
+from megatron_vlm.parallel.pool import Pool  # noqa: E402
 
 # A machine that does other work at the same time is slow now and then: that is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)

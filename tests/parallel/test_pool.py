@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.pool import Pool
+from megatron_vlm.parallel.pool import Pool
 
 
 def total(value: int) -> tuple[int, int]:

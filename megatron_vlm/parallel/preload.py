@@ -1,4 +1,4 @@
-"""Imported once by the fork server of tests/pool.py: every process of every pool starts with Megatron in memory."""
+"""Imported once by the fork server of `pool.py`: every process of every pool starts with Megatron in memory."""
 
 import gc
 

@@ -1,7 +1,8 @@
-"""Run a function on every rank of a gloo world on CPU: `pool(2).run(function, *args)`.
+"""Processes of this program's own, on the CPU: run a function on every rank of a gloo world, `Pool(2).run(function)`.
 
-Starting processes costs seconds, so each world size keeps its processes for the whole test session. They are forked
-from one server that has imported torch and Megatron. Every call gets process groups of its own.
+Starting processes costs seconds, so a pool keeps its own between calls. All are forked from one server that has
+imported torch and Megatron. Every call gets process groups of its own. For parity checks and tests; a training run
+is started by a launcher.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class Pool:
         if self._processes:
             return
         context = multiprocessing.get_context("forkserver")
-        # The server finds tests.preload through PYTHONPATH only (Python 3.11 does not hand it sys.path).
-        root = str(Path(__file__).parent.parent)
+        # The server finds the preload through PYTHONPATH only (Python 3.11 does not hand it sys.path).
+        root = str(Path(__file__).parents[2])
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        context.set_forkserver_preload(["tests.preload"])
+        context.set_forkserver_preload(["megatron_vlm.parallel.preload"])
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, theirs), daemon=True)
