@@ -126,16 +126,9 @@ def _wanted(entry: Entry) -> list[str]:
 def _download(name: str, entry: Entry, options: argparse.Namespace) -> Report:
     report = Report(name, by_hand=entry.by_hand, unverified=entry.unverified)
     try:
-        if entry.hub:
-            huggingface_hub.snapshot_download(
-                entry.hub,
-                repo_type="dataset",
-                revision=options.revision,
-                local_dir=options.out / entry.folder(name),
-                allow_patterns=_wanted(entry),
-                max_workers=min(8, options.connections),
-            )
-        _check_annotations(name, entry, options.out)
+        _get_annotations(name, entry, options)
+        if entry.without:  # their media are not trained on
+            _get_annotations(entry.without, find(entry.without), options)
         report.annotations = "ok"
         if not options.annotations_only:
             _fetch_media(name, entry, options, report)
@@ -144,10 +137,18 @@ def _download(name: str, entry: Entry, options: argparse.Namespace) -> Report:
     return report
 
 
-def _check_annotations(name: str, entry: Entry, folder: Path) -> None:
-    """Raises ValueError where a split has no file."""
-    for split in entry.splits.values():
-        source.pieces(entry, name, split, folder)
+def _get_annotations(name: str, entry: Entry, options: argparse.Namespace) -> None:
+    """From the hub, where they are published there. Raises ValueError where there is no file then."""
+    if entry.hub:
+        huggingface_hub.snapshot_download(
+            entry.hub,
+            repo_type="dataset",
+            revision=options.revision,
+            local_dir=options.out / entry.folder(name),
+            allow_patterns=_wanted(entry),
+            max_workers=min(8, options.connections),
+        )
+    source.splits(entry, name, options.out)
 
 
 def _fetch_media(name: str, entry: Entry, options: argparse.Namespace, report: Report) -> None:
@@ -173,7 +174,7 @@ def _fetch_media(name: str, entry: Entry, options: argparse.Namespace, report: R
             with lock:
                 report.fetched += 1
                 report.fetched_bytes += size
-        except (Refused, Later, OSError) as error:
+        except (Refused, Later) as error:
             with lock:
                 report.miss(_reason(error), f"{url}: {error}")
 
@@ -198,10 +199,12 @@ def _addresses(
     """(address, sha256) of every file that is to be fetched; counts those that are there or have no address."""
     seen: set[bytes] = set()
     finder = Finder(folder, entry.media_folder(name))
-    table = source.addresses(entry, name, folder)
-    for split in entry.splits.values():
-        for piece in source.pieces(entry, name, split, folder):
-            for place, draft in source.drafts(entry, piece, table):
+    context = source.context(entry, name, folder, find)
+    for pieces in source.splits(entry, name, folder).values():
+        for piece in pieces:
+            for place, draft in source.drafts(entry, piece, context):
+                if isinstance(draft, source.ForEvaluation):
+                    continue
                 if isinstance(draft, ValueError):
                     with lock:
                         report.rows_left_out += 1

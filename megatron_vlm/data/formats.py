@@ -57,6 +57,11 @@ def read_line(line: str, *, key: str, images: Path, add_image: Callable[[bytes],
     if not isinstance(record, dict):
         raise ValueError(f"a line must be a JSON object, not a {type(record).__name__}.")
     media = tuple(add_image((images / path).read_bytes()) for path in _image_paths(record))
+    return read_record(record, key=key, media=media)
+
+
+def read_record(record: dict[str, Any], *, key: str, media: tuple[Media, ...]) -> Example:
+    """The sample of a line's object whose images are stored already. Raises ValueError, saying what is wrong."""
     bodies = record.get("branches")
     if bodies is None:
         bodies = [{name: value for name, value in record.items() if name not in _LINE_KEYS}]

@@ -125,6 +125,16 @@ class ShardWriter:
         self._timelines[key] = timeline.pack()
         return self._store(media, found.extension, data)
 
+    def add_checked(self, media: Media, extension: str, data: bytes, timeline: bytes | None) -> None:
+        """Store a file that another writer has checked and described: its bytes are believed to fit `media`.
+
+        timeline: Timeline.pack of a video, None of an image.
+        """
+        if media.key not in self._media:
+            if timeline is not None:
+                self._timelines[media.key] = timeline
+            self._store(media, extension, data)
+
     def _store(self, media: Media, extension: str, data: bytes) -> Media:
         tar = self._tar or self._open_tar()
         member = add_member(tar, f"{media.key}.{extension}", data)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vlm.data.example import Branch, Turn
 from megatron_vlm.data.sets.draft import Draft
+from megatron_vlm.data.sets.questions import without_places
 from megatron_vlm.data.sets.row import Row
 
 _TAGS = re.compile(r"\[(USER|ASSISTANT)\]")
@@ -39,13 +40,18 @@ def tulu(row: Row, *, max_first_tokens: int) -> Iterator[Draft]:
     yield from chat(row, style="text_sft", with_media=False)
 
 
-def tagged(row: Row, *, style: str = "user_qa") -> Iterator[Draft]:
-    """`question` is a text with [USER] and [ASSISTANT] tags that ends with the user; `answer` answers the last one."""
+def tagged(row: Row, *, style: str = "user_qa", unpointed: bool = False) -> Iterator[Draft]:
+    """`question` is a text with [USER] and [ASSISTANT] tags that ends with the user; `answer` answers the last one.
+
+    unpointed: ask for no places before questions of how many.
+    """
     parts = _TAGS.split(row.text("question"))
     said = [(parts[place], parts[place + 1].strip()) for place in range(1, len(parts) - 1, 2)]
     if not said:
         said = [("USER", parts[0].strip())]
     said.append(("ASSISTANT", row.text("answer")))
+    if unpointed:
+        said = [(who, without_places(text) if who == "USER" else text) for who, text in said]
     messages = [{"role": who.lower(), "content": text} for who, text in said]
     yield Draft((Branch(style, turns(Row({"messages": messages}))),), row.media())
 

@@ -6,12 +6,14 @@ same image can be put together wherever they stand.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_vlm.data.example import Branch, Clip
+from megatron_vlm.data.example import Branch, Clip, Example, from_json, to_json
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,22 @@ class Draft:
             known = self.branches
         digest = hashlib.sha256("\n".join(map(repr, known)).encode()).hexdigest()[:32]
         return f"{digest}-{self.part}" if self.part else digest
+
+
+def to_line(draft: Draft) -> str:
+    """The draft as one line of JSON; `from_line` gives it back equal."""
+    media = [
+        [one.kind, one.url, one.path, base64.b64encode(one.data).decode(), one.sha256, one.id] for one in draft.media
+    ]
+    text = to_json(Example(draft.part, draft.branches, clip=draft.clip, info=draft.info))
+    return json.dumps([text, draft.in_pixels, media], ensure_ascii=False)
+
+
+def from_line(line: str) -> Draft:
+    """A draft from `to_line`'s line."""
+    text, in_pixels, media = json.loads(line)
+    example = from_json(text)
+    references = tuple(
+        Reference(kind, url, path, base64.b64decode(data), sha256, id) for kind, url, path, data, sha256, id in media
+    )
+    return Draft(example.branches, references, in_pixels, example.clip, example.key, example.info)

@@ -43,7 +43,7 @@ class Entry:
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train"})
     """Our split -> theirs."""
     columns: Mapping[str, str] = field(default_factory=dict)
-    """The family's name of a column -> theirs, or a path into nested values (`video.name`)."""
+    """The family's name of a column -> theirs, or a path into nested values (`video.name`). `-` hides one of theirs."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the family."""
     within: str = ""
@@ -64,6 +64,8 @@ class Entry:
     """What a person has to get, and where: files that need a licence, or are published in archives."""
     unverified: str = ""
     """What was not checked against the published files when this entry was written. "" = as in the reference."""
+    without: str = ""
+    """Data set for evaluation whose media are left out here."""
     evaluation_only: bool = False
     """Never trained on; build_shards puts it into the split `test`."""
 

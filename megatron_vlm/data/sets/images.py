@@ -21,9 +21,9 @@ _TULU = {"messages": "messages", "first_message_tokens": "first_message_qwen3_to
 
 
 def _points(method: str) -> Entry:
-    """PixMo-Points, the part that was collected by `method`."""
+    """PixMo-Points, the part that was collected by `method`, without the images of its evaluation set."""
     return Entry(image_points, hub="allenai/pixmo-points", files=("data/{split}-*.parquet", "{split}-*.parquet"),
-                 where={"collection_method": method})  # fmt: skip
+                 where={"collection_method": method}, without="pixmo_points_eval")  # fmt: skip
 
 
 def _cosyn(kind: str, style: str, *, explained: bool = True) -> Entry:
@@ -54,8 +54,10 @@ def _coco(hub: str, style: str, choice_style: str = "", **columns: str) -> Entry
 CAPTIONS_AND_TALK = {
     "pixmo_cap": Entry(captions, hub="allenai/pixmo-cap"),
     "pixmo_cap_with_transcripts": Entry(captions, hub="allenai/pixmo-cap", options={"transcripts": True}),
-    "pixmo_ask_model_anything": Entry(questions, hub="allenai/pixmo-ask-model-anything", options={"style": "user_qa"}),
-    "pixmo_cap_qa_as_user_qa": Entry(tagged, hub="allenai/pixmo-cap-qa"),
+    "pixmo_ask_model_anything": Entry(
+        questions, hub="allenai/pixmo-ask-model-anything", options={"style": "user_qa", "unpointed": True}
+    ),
+    "pixmo_cap_qa_as_user_qa": Entry(tagged, hub="allenai/pixmo-cap-qa", options={"unpointed": True}),
     "pixmo_multi_image_qa_multi_only_max5": Entry(  # Molmo2-MultiImageQA
         question_pairs,
         hub="allenai/Molmo2-MultiImageQA",
@@ -89,6 +91,13 @@ CAPTIONS_AND_TALK = {
 }
 
 PLACES = {
+    "pixmo_points_eval": Entry(
+        image_points,
+        hub="allenai/pixmo-points-eval",
+        splits={"test": "test"},
+        options={"styles": ("pointing",)},
+        evaluation_only=True,
+    ),
     "pixmo_points_train": _points("pointing"),
     "pixmo_points_high_freq_train": _points("counting"),
     "pixmo_count_train": Entry(

@@ -6,6 +6,7 @@ each question; the answer repeats marker and option, as in Molmo2.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from random import Random
@@ -29,6 +30,8 @@ MARKERS: tuple[Callable[[int], str], ...] = (
 PLAIN_SHARE = 0.1
 PLAIN_CLOSE = "Answer with the right option only."
 CLOSES = ("", "Which option is right?", "Choose one of the options.", "Give the option that fits.", PLAIN_CLOSE)
+UNPOINTED = ("Answer without pointing.", "Do not point.", "No points, only the answer:", "Without points:")
+_HOW_MANY = re.compile(r"\bhow many\b|\bcount\b|\bnumber of\b", re.IGNORECASE)
 STEPS = (
     "Explain your reasoning before you answer.",
     "Work it out step by step, then answer.",
@@ -44,6 +47,7 @@ def questions(
     options: tuple[str, ...] = (),
     answers: Mapping[Any, str] | None = None,
     clip: bool = True,
+    unpointed: bool = False,
     path: str = "",
 ) -> Iterator[Draft]:
     """One `question`. Its options, if any: the list `options` (texts, or objects with `text`), or the columns named by
@@ -54,6 +58,7 @@ def questions(
     choice_style: style of the questions that have options (default: style).
     answers:      what stands for an answer: {0: "No", 1: "Yes"}.
     clip:         whether `span` cuts the video.
+    unpointed:    ask for no places before questions of how many, which are answered without.
     """
     question, media = row.text("question"), row.media(path)
     rng = generator("question", media[0].identity, question)
@@ -69,7 +74,7 @@ def questions(
     if texts:
         turn = _choice(question, texts, index, rng)
     else:
-        turn = Turn(question, _best(row, answers or {}, rng))
+        turn = Turn(without_places(question) if unpointed else question, _best(row, answers or {}, rng))
     used = choice_style if texts and choice_style else style
     yield Draft((Branch(used, (turn,)),), media, clip=row.clip(cut=clip))
 
@@ -120,6 +125,13 @@ def labels(row: Row, *, question: str, style: str = "video_short_answer", path: 
     """A `label` of a video, asked for by one fixed question: action recognition, counts of repetitions."""
     answer = row.text("label").replace("_", " ")
     yield Draft((Branch(style, (Turn(question, answer),)),), row.media(path), clip=row.clip())
+
+
+def without_places(question: str) -> str:
+    """The question; where it asks how many, after a request not to point, drawn once for each question."""
+    if not _HOW_MANY.search(question):
+        return question
+    return f"{generator('unpointed', question).choice(UNPOINTED)} {question}"
 
 
 def _option(option: Any) -> str:

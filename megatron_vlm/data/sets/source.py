@@ -10,8 +10,8 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,8 @@ from megatron_vlm.data.sets.entry import MEDIA, Entry
 from megatron_vlm.data.sets.row import Row
 
 _CHARADES = re.compile(r"(?P<video>\S+) (?P<start>[0-9.]+) (?P<end>[0-9.]+)##(?P<caption>.+)")
+#: A row of JSON or CSV, about.
+_ROW_BYTES = 500
 #: Hosts that show a video but do not give its file.
 _PLAYERS = ("youtube.com", "youtu.be")
 
@@ -34,35 +36,65 @@ class Piece:
     path: str
     group: int
     """Row group of a Parquet file; -1 = the whole file."""
+    rows: int
+    """How many; an estimate but for Parquet."""
 
 
-def pieces(entry: Entry, name: str, split: str, folder: Path) -> list[Piece]:
-    """All pieces of a data set's split (theirs), in a download directory.
+def splits(entry: Entry, name: str, folder: Path) -> dict[str, list[Piece]]:
+    """Our split -> its pieces, in a download directory. Splits without a file are not there.
 
-    Raises ValueError, naming where it looked, where there is no file.
+    Raises ValueError, naming where it looked, where no split has one.
     """
-    base = folder / entry.folder(name)
-    found = sorted({path for pattern in entry.patterns(split) for path in base.glob(pattern) if path.is_file()})
+    found = {ours: pieces for ours, theirs in entry.splits.items() if (pieces := _pieces(entry, name, theirs, folder))}
     if not found:
+        base, looked = (
+            folder / entry.folder(name),
+            [p for split in entry.splits.values() for p in entry.patterns(split)],
+        )
         by_hand = f" By hand: {entry.by_hand}" if entry.by_hand else ""
         raise ValueError(
-            f"no annotations of {name} in {base} (looked for {', '.join(entry.patterns(split))}). Get them with "
+            f"no annotations of {name} in {base} (looked for {', '.join(looked)}). Get them with "
             f"tools/download_data.py --datasets {name}.{by_hand}"
         )
+    return found
+
+
+def _pieces(entry: Entry, name: str, split: str, folder: Path) -> list[Piece]:
+    base = folder / entry.folder(name)
+    found = sorted({path for pattern in entry.patterns(split) for path in base.glob(pattern) if path.is_file()})
     result = []
     for path in found:
-        groups = range(pq.ParquetFile(path).num_row_groups) if path.suffix == ".parquet" else [-1]
-        result += [Piece(str(path), group) for group in groups]
+        if path.suffix != ".parquet":
+            result.append(Piece(str(path), -1, path.stat().st_size // _ROW_BYTES))
+            continue
+        about = pq.ParquetFile(path).metadata
+        result += [Piece(str(path), group, about.row_group(group).num_rows) for group in range(about.num_row_groups)]
     return result
 
 
-def drafts(entry: Entry, piece: Piece, addresses: Mapping[str, str]) -> Iterator[tuple[str, Draft | ValueError]]:
-    """(place of the row, draft) for each draft of a piece, (place, error) for a row that cannot be read."""
+class ForEvaluation(ValueError):
+    """A row about media that a data set for evaluation holds."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What drafts need beside the rows of their own data set."""
+
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """Media id -> address."""
+    barred: frozenset[str] = frozenset()
+    """Addresses of media that are kept for evaluation."""
+
+
+def drafts(entry: Entry, piece: Piece, context: Context) -> Iterator[tuple[str, Draft | ValueError]]:
+    """(place of the row, draft) for each draft of a piece, (place, error) for a row that cannot be used."""
     for number, values in enumerate(rows(piece, entry)):
         place = f"{Path(piece.path).name}:{max(piece.group, 0)}:{number}"
         try:
             for draft in entry.family(Row(values, entry.columns), **entry.options):
-                yield place, _addressed(draft, addresses)
+                draft = _addressed(draft, context.addresses)
+                barred = [medium.url for medium in draft.media if medium.url in context.barred]
+                yield place, ForEvaluation(f"{barred[0]} is kept for evaluation.") if barred else draft
         except (ValueError, KeyError, TypeError, IndexError) as error:
             # KeyError and its kind: a nested value of another shape than the schema's. The row is at fault.
             yield place, error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
@@ -81,11 +113,26 @@ def rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any]]:
             yield {**{name: value for name, value in row.items() if name != entry.explode}, **member}
 
 
-def addresses(entry: Entry, name: str, folder: Path) -> dict[str, str]:
-    """Address of each media id. {} where the entry has no table of them."""
-    if not entry.addresses:
-        return {}
+def context(entry: Entry, name: str, folder: Path, find: Callable[[str], Entry]) -> Context:
+    """What the drafts of a data set need, from a download directory. find: entries by name.
+
+    Raises ValueError where a table of addresses is none, or the data set for evaluation is not there.
+    """
+    barred: set[str] = set()
+    if entry.without:
+        other = find(entry.without)
+        for pieces in splits(other, entry.without, folder).values():
+            for piece in pieces:
+                found = (draft for _, draft in drafts(other, piece, Context()))
+                barred.update(medium.url for draft in found if isinstance(draft, Draft) for medium in draft.media)
+    return Context(_addresses(entry, name, folder), frozenset(barred - {""}))
+
+
+def _addresses(entry: Entry, name: str, folder: Path) -> dict[str, str]:
+    """Address of each media id. {} where there is no table of them: then the files are got by hand."""
     path = folder / entry.folder(name) / entry.addresses
+    if not entry.addresses or not path.is_file():
+        return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         return {key: address for key, value in table.items() if (address := _download_address(value))}

@@ -73,6 +73,8 @@ ROWS: dict[str, list[Row]] = {
     "pixmo_points_train": three(lambda i: {
         "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
         "count": 1, "collection_method": "pointing"}),
+    "pixmo_points_eval": three(lambda i: {
+        "image_url": f"{WEB}eval{i}.jpg", "label": "Cup", "points": [{"x": 25.0, "y": 50.0}], "masks": []}),
     "pixmo_points_high_freq": three(lambda i: {
         "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
         "count": 1, "collection_method": "counting"}),

@@ -46,7 +46,7 @@ def with_pictures(value: object, number: int) -> object:
 def write(folder: Path, name: str, published: list[Row]) -> None:
     """The annotation file of a data set, where its entry looks for it."""
     entry = TABLE[name]
-    pattern = entry.patterns(entry.splits.get("train", "train"))[0]
+    pattern = entry.patterns(next(iter(entry.splits.values())))[0]
     path = folder / entry.folder(name) / re.sub(r"\*+", "0", pattern)
     path.parent.mkdir(parents=True, exist_ok=True)
     published = [with_pictures(row, number + 1) for number, row in enumerate(published)]  # type: ignore[misc]
@@ -84,8 +84,8 @@ def add(reference: Reference) -> Media:
 def read(folder: Path, name: str) -> list[Example]:
     entry = TABLE[name]
     found = []
-    for piece in source.pieces(entry, name, entry.splits.get("train", "train"), folder):
-        for place, draft in source.drafts(entry, piece, {}):
+    for piece in next(iter(source.splits(entry, name, folder).values())):
+        for place, draft in source.drafts(entry, piece, source.Context()):
             assert not isinstance(draft, ValueError), f"{name} {place}: {draft}"
             found.append(draft)
     return [resolve(key, draft, add) for key, draft in trees(found, chat_share=entry.chat_share)]
@@ -115,8 +115,8 @@ def test_every_member_of_every_mixture_is_read(name: str, tmp_path: Path) -> Non
     if not entry.where and not entry.within and name != "charades_sta_all_qa":
         broken = [{f"x_{column}": value for column, value in row.items()} for row in published]
         write(tmp_path, name, broken)
-        for piece in source.pieces(entry, name, entry.splits.get("train", "train"), tmp_path):
-            found = [draft for _, draft in source.drafts(entry, piece, {})]
+        for piece in next(iter(source.splits(entry, name, tmp_path).values())):
+            found = [draft for _, draft in source.drafts(entry, piece, source.Context())]
             assert all(isinstance(one, ValueError) for one in found)
 
 
@@ -198,6 +198,17 @@ def test_conversations(tmp_path: Path) -> None:
     kept = [row | {"category": "Code"} for row in rows("tulu4")]
     write(tmp_path, "tulu4", [*kept[:2], rows("tulu4")[2]])
     assert len(read(tmp_path, "tulu4")) == 1, "code is left out"
+
+
+def test_counts_that_are_answered_without_places_say_so(tmp_path: Path) -> None:
+    asked = [row | {"question": question} for row, question in
+             zip(rows("pixmo_ask_model_anything"), ("How many cats?", "What is it?", "Name the number of dogs"),
+                 strict=True)]  # fmt: skip
+    write(tmp_path, "pixmo_ask_model_anything", asked)
+    prompts = [branch.turns[0].prompt for sample in read(tmp_path, "pixmo_ask_model_anything")
+               for branch in sample.branches]  # fmt: skip
+    assert [prompt == row["question"] for prompt, row in zip(prompts, asked, strict=True)] == [False, True, False]
+    assert all("oint" in prompts[place] and prompts[place].endswith(asked[place]["question"]) for place in (0, 2))
 
 
 def test_video_points_count_from_the_clip_and_are_split_by_number(tmp_path: Path) -> None:

@@ -1,0 +1,154 @@
+"""Self-contained shards: a sample is `key.json` with its media `key.0.jpg`, `key.1.jpg` beside it, in plain tars.
+
+Written for other programs (plain `webdataset` opens them), read back equal. Shards made elsewhere are read too: an
+image with a caption (`key.jpg`, `key.txt`), or with a JSON object in one of the forms of formats.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.data import formats
+from megatron_vlm.data.example import KEY, Branch, Example, Media, Turn, from_json, to_json
+from megatron_vlm.data.image import EXTENSIONS
+from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.tar import Member, add_member, end_tar, index_tar, write_offsets
+
+CAPTIONS = ("txt", "caption", "cap", "text")
+IMAGES = frozenset((*EXTENSIONS.values(), "jpeg", "tiff"))
+VIDEOS = frozenset(("mp4", "webm", "mkv", "mov", "avi"))
+
+
+def write(shards: Shards, dataset: str, split: str, out: Path, *, shard_bytes: int = 1 << 30) -> list[Path]:
+    """Write a split as self-contained tars `out/DATASET.SPLIT.000000.tar`, with `.idx` beside them; returns them."""
+    out.mkdir(parents=True, exist_ok=True)
+    extensions = {
+        member.key: member.extension
+        for name in shards.manifest["media"]["shards"]
+        for member in index_tar(shards.directory / name)
+    }
+    written: list[Path] = []
+    samples = iter(range(shards.count(dataset, split)))
+    index = next(samples, None)
+    while index is not None:
+        path = out / f"{dataset}.{split}.{len(written):06d}.tar"
+        partial = path.with_name(f"{path.name}.partial")
+        members: list[Member] = []
+        with partial.open("wb") as tar:
+            while index is not None and tar.tell() < shard_bytes:
+                example = shards.example(dataset, split, index)
+                members.append(add_member(tar, f"{example.key}.json", to_json(example).encode()))
+                for number, media in enumerate(example.media):
+                    name = f"{example.key}.{number}.{extensions[media.key]}"
+                    members.append(add_member(tar, name, shards.media(media.key)))
+                index = next(samples, None)
+            end = end_tar(tar)
+        write_offsets(path.with_name(f"{path.name}.idx"), members, end)
+        partial.replace(path)
+        written.append(path)
+    return written
+
+
+def read(
+    tars: list[Path], add_image: Callable[[bytes], Media], add_video: Callable[[bytes], Media]
+) -> Iterator[tuple[str, Example | ValueError]]:
+    """(name, sample) of each sample of the tars, (name, error) for one that cannot be used.
+
+    Local files only; a tar's member is never written to disk. Raises ValueError for what is no tar.
+    """
+    for path in tars:
+        if not path.is_file():
+            raise ValueError(f"{path} is no file; addresses and commands are refused. Download the tar first.")
+    import webdataset  # a second, and torch: only for those who import
+
+    # Absolute paths: webdataset runs names like `pipe:...` as commands.
+    stream = webdataset.WebDataset([str(path.resolve()) for path in tars], shardshuffle=False, empty_check=False)
+    used: dict[str, int] = {}
+    for sample in _whole(stream):
+        name = f"{Path(sample['__url__']).name}:{sample['__key__']}"
+        try:
+            yield name, _example(sample, used, add_image, add_video)
+        except ValueError as error:
+            yield name, error
+
+
+def _whole(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from stream
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"a tar cannot be read to its end: {error}") from error
+
+
+def _example(
+    sample: dict[str, Any],
+    used: dict[str, int],
+    add_image: Callable[[bytes], Media],
+    add_video: Callable[[bytes], Media],
+) -> Example:
+    media = tuple(
+        add_video(data) if kind in VIDEOS else add_image(data)
+        for name, data in sorted(sample.items(), key=_number)
+        if (kind := name.rpartition(".")[2].lower()) in IMAGES | VIDEOS and isinstance(data, bytes)
+    )
+    key = _key(sample["__key__"], used)
+    if "json" in sample:
+        record = json.loads(sample["json"])
+        if not isinstance(record, dict):
+            raise ValueError(f"its JSON is a {type(record).__name__}, not an object.")
+        if isinstance(record.get("media"), list) and isinstance(record.get("branches"), list):
+            return _own(sample["json"].decode(), media)
+        caption = next(
+            (record[name] for name in ("caption", "text") if media and isinstance(record.get(name), str)), ""
+        )
+        if caption and not {"messages", "conversations", "points", "answer"} & set(record):
+            return _captioned(key, caption, media)
+        record = {name: value for name, value in record.items() if name not in ("key", "image_path", "image_paths")}
+        return formats.read_record(record, key=key, media=media)
+    caption = next((sample[name].decode() for name in CAPTIONS if name in sample), "")
+    if not caption or not media:
+        found = ", ".join(name for name in sample if not name.startswith("__"))
+        raise ValueError(f"it has {found}; needed a JSON object, or an image with {' or '.join(CAPTIONS)}.")
+    return _captioned(key, caption, media)
+
+
+def _own(text: str, media: tuple[Media, ...]) -> Example:
+    """A sample that `write` wrote. Raises ValueError where the files are not those that it names."""
+    try:
+        example = from_json(text)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"its JSON is no sample ({type(error).__name__}: {error}).") from error
+    if tuple(one.key for one in example.media) != tuple(one.key for one in media):
+        raise ValueError("its media are not those that its JSON names.")
+    example = replace(example, media=media)
+    example.check()
+    return example
+
+
+def _captioned(key: str, caption: str, media: tuple[Media, ...]) -> Example:
+    style = "video_long_caption" if media[0].kind == "video" else "long_caption"
+    example = Example(key, (Branch(style, (Turn("", caption.strip()),)),), media)
+    example.check()
+    return example
+
+
+def _number(item: tuple[str, Any]) -> tuple[int, str]:
+    """`10.jpg` after `2.jpg`."""
+    first = item[0].partition(".")[0]
+    return (int(first) if first.isdecimal() else -1, item[0])
+
+
+def _key(name: str, used: dict[str, int]) -> str:
+    """A key that may be used: the name's, or what is left of it with its hash; numbered where it was used before."""
+    key = name.lstrip("./")
+    if not KEY.fullmatch(key):
+        kept = re.sub(r"[^A-Za-z0-9_-]+", "_", key).strip("_")
+        key = f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    used[key] = used.get(key, 0) + 1
+    return key if used[key] == 1 else f"{key}-{used[key]}"

@@ -1,0 +1,150 @@
+"""Self-contained tars: written for others, read back equal; tars made elsewhere are read, and harm nobody."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from megatron_vlm.data import bundle
+from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Tracks, Turn
+from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.tar import read_offsets, tar_bytes
+from megatron_vlm.data.writer import ShardWriter
+from tests.data.clips import clip, steady
+from tests.data.world import picture
+
+
+def image(seed: int) -> bytes:
+    return picture(np.random.default_rng(seed), "PNG", (8, 6))
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Shards:
+    """A caption, eleven images in one sample, places, a video with tracks, text."""
+    with ShardWriter(tmp_path / "shards") as writer:
+        pictures = tuple(writer.add_image(image(number)) for number in range(11))
+        film = writer.add_video(clip(steady(10)))
+        track = Tracks("car", ((Point(0.0, 0.5, 0.5), Point(0.5, 0.6, 0.5)),))
+        for key, media, style, answer in (
+            ("a/one", pictures[:1], "long_caption", "One."),
+            ("a/many", pictures, "user_qa", "Many."),
+            ("b", pictures[:2], "multi_image_pointing", Points("cups", (Point(2, 0.25, 0.75),))),
+            ("film", (film,), "video_point_track_per_frame", track),
+            ("text", (), "text_sft", "Text."),
+        ):
+            writer.add(Example(key, (Branch(style, (Turn("What?", answer),)),), media, {"id": key}), "mixed", "train")
+    return Shards(tmp_path / "shards")
+
+
+def read(*tars: Path, tmp_path: Path) -> tuple[dict[str, Example], dict[str, str]]:
+    """(samples by key, faults by name) of tars; media go to a writer that is then given up."""
+    samples, faults = {}, {}
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "given_up") as writer:
+        for name, sample in bundle.read(list(tars), writer.add_image, writer.add_video):
+            if isinstance(sample, ValueError):
+                faults[name] = str(sample)
+            else:
+                samples[sample.key] = sample
+        raise KeyboardInterrupt
+    return samples, faults
+
+
+def test_what_was_written_is_read_back_equal(built: Shards, tmp_path: Path) -> None:
+    tars = bundle.write(built, "mixed", "train", tmp_path / "tars")
+    samples, faults = read(*tars, tmp_path=tmp_path)
+    assert not faults
+    written = [built.example("mixed", "train", number) for number in range(5)]
+    assert samples == {example.key: example for example in written}
+
+
+def test_plain_webdataset_opens_whole_samples(built: Shards, tmp_path: Path) -> None:
+    tars = bundle.write(built, "mixed", "train", tmp_path / "tars", shard_bytes=3_000)
+    assert len(tars) > 1
+    found = {
+        one["__key__"]: one
+        for one in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False, nodesplitter=None)
+    }
+    assert set(found) == {"a/one", "a/many", "b", "film", "text"}
+    assert found["a/many"]["10.png"] == image(10) and found["film"]["0.mp4"] == clip(steady(10))
+    assert json.loads(found["b"]["json"])["branches"][0]["turns"][0][1]["points"] == [[2, 0.25, 0.75]]
+    for tar in tars:
+        offsets = read_offsets(tar.with_name(tar.name + ".idx"))
+        samples = len([one for one in found.values() if Path(one["__url__"]).name == tar.name])
+        assert len(offsets) == samples + 1 and offsets[-1] < tar.stat().st_size
+
+
+def foreign(tmp_path: Path, files: dict[str, bytes], name: str = "foreign.tar") -> Path:
+    """A tar as other programs write it, with any names."""
+    path = tmp_path / name
+    with tarfile.open(path, "w") as tar:
+        for member, data in files.items():
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_tars_made_elsewhere_are_read(tmp_path: Path) -> None:
+    asked = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
+    path = foreign(tmp_path, {
+        "000.jpg": image(0), "000.txt": b"A caption.",
+        "001.png": image(1), "001.json": json.dumps({"caption": "Another.", "url": "x", "similarity": 0.3}).encode(),
+        "dir/my photo (2).jpeg": image(2), "dir/my photo (2).caption": b"Third.",
+        "003.jpg": image(3), "003.json": json.dumps(asked).encode(),
+        "004.json": json.dumps({"text": "Only text."}).encode(),
+        "005.mp4": clip(steady(6)), "005.txt": b"A film.",
+    })  # fmt: skip
+    samples, faults = read(path, tmp_path=tmp_path)
+    assert not faults and len(samples) == 6
+    assert samples["000"].branches[0].turns[0].answer == "A caption."
+    assert samples["001"].branches[0].turns[0].answer == "Another."
+    (third,) = [sample for key, sample in samples.items() if key.startswith("dir_my_photo")]
+    assert third.branches[0].turns[0].answer == "Third."
+    assert samples["003"].branches[0].turns == (Turn("What?", "A cat."),)
+    assert samples["004"].branches[0].style == "text_sft"
+    assert samples["005"].branches[0].style == "video_long_caption"
+
+
+def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    path = foreign(tmp_path, {
+        "a.jpg": image(0), "b.jpg": b"no picture", "b.txt": b"x", "c.jpg": image(1), "c.json": b"{broken",
+        "d.jpg": image(2), "d.txt": b"Good.", "e.json": b"[1]", "f.jpg": image(3), "f.json": b'{"width": 3}',
+        "g.json": json.dumps({"media": [["0" * 64, 1, 1, "image"]], "branches": [], "key": "g"}).encode(),
+    })  # fmt: skip
+    samples, faults = read(path, tmp_path=tmp_path)
+    assert set(samples) == {"d"}
+    assert {name.partition(":")[2]: words for name, words in faults.items()}.keys() == set("abcefg")
+    words = " ".join(faults.values())
+    for part in ("needed a JSON object, or an image", "no readable header", "not an object", "its media are not those"):
+        assert part in words
+
+
+def test_names_that_leave_the_folder_do_no_harm(tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    path = foreign(
+        tmp_path, {"../../evil.jpg": image(0), "../../evil.txt": b"x", "/abs.jpg": image(1), "/abs.txt": b"y"}
+    )
+    samples, _ = read(path, tmp_path=tmp_path)
+    assert len(samples) == 2 and not any(".." in key or key.startswith("/") for key in samples)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, path])
+
+
+@pytest.mark.parametrize("name", ["pipe:touch harm", "http://127.0.0.1/x.tar", "none.tar"])
+def test_only_files_are_opened(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="addresses and commands are refused"):
+        list(bundle.read([Path(name)], lambda _: Media("", 1, 1), lambda _: Media("", 1, 1)))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_cut_tar_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "cut.tar"
+    path.write_bytes(tar_bytes({"a.jpg": image(0) * 50, "a.txt": b"x"})[:1500])
+    with pytest.raises(ValueError, match="cannot be read to its end"):
+        list(bundle.read([path], lambda _: Media("", 1, 1), lambda _: Media("", 1, 1)))
