@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from megatron_vlm.config import load, presets
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data import points
-from megatron_vlm.data.example import Branch, Example, Points
+from megatron_vlm.data import points, video
+from megatron_vlm.data.example import Branch, Example, Point, Points, Tracks
 from megatron_vlm.data.image import decode
 from megatron_vlm.data.keyed import Permutation
 from megatron_vlm.data.loader import Loader, Share, Step
@@ -38,6 +38,8 @@ from megatron_vlm.data.shards import Shards
 COLORS = ("#ff2d55", "#00c7be", "#ffd60a", "#af52de", "#32d74b", "#ff9f0a")
 #: Images are enlarged for the page until their longer side has this many pixels.
 SHOWN_SIDE = 336
+#: Frames that the page shows of a video.
+SHOWN_FRAMES = 8
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
     "article{display:flex;gap:1.5em;border-top:1px solid #bbb;padding:1em 0;align-items:flex-start}"
@@ -181,15 +183,16 @@ def table(rows: list[Summary]) -> str:
 def texts(sample: Example) -> Iterator[str]:
     """Every prompt and answer, points as they are written for training."""
     for branch in sample.branches:
-        for prompt, answer in exchanges(branch):
+        for prompt, answer in exchanges(branch, seconds=sample.video is not None):
             yield prompt
             yield answer
 
 
-def exchanges(branch: Branch) -> Iterator[tuple[str, str]]:
+def exchanges(branch: Branch, *, seconds: bool) -> Iterator[tuple[str, str]]:
+    """Prompt and answer of each turn; seconds: places are at times of a video."""
     for turn in branch.turns:
         answer = turn.answer
-        yield turn.prompt, points.write(answer, branch.style) if isinstance(answer, Points) else answer
+        yield turn.prompt, answer if isinstance(answer, str) else points.write(answer, branch.style, seconds=seconds)
 
 
 def drawn(shards: Shards, splits: list[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str, Example]]:
@@ -203,9 +206,35 @@ def drawn(shards: Shards, splits: list[tuple[str, str]], count: int, seed: int) 
                 yield dataset, split, shards.example(dataset, split, order(turn))
 
 
-def picture(shards: Shards, sample: Example, index: int) -> Image.Image:
-    """Image `index` of a sample, enlarged where small, with the points of every branch in the branch's colour."""
-    image = Image.fromarray(decode(shards.media(sample.media[index].key), name=sample.key))
+def pictures(shards: Shards, sample: Example) -> Iterator[Image.Image]:
+    """The images of a sample, or some frames of its video: those with places first, then evenly spread ones."""
+    if sample.video is None:
+        for number, media in enumerate(sample.media, start=1):
+            yield marked(decode(shards.media(media.key), name=sample.key), sample, number)
+        return
+    start = sample.clip.start if sample.clip else 0.0
+    pointed = sorted({place.at for branch in sample.branches for turn in branch.turns for place in places(turn.answer)})
+    spread = np.linspace(0, sample.seconds, SHOWN_FRAMES).tolist()
+    moments = sorted([*pointed, *spread[: max(0, SHOWN_FRAMES - len(pointed))]][:SHOWN_FRAMES])
+    key = sample.video.key
+    frames = video.read(shards.media(key), shards.timeline(key), [start + at for at in moments], name=sample.key)
+    for at, pixels in zip(moments, frames, strict=True):
+        yield marked(pixels, sample, at)
+
+
+def places(answer: str | Points | Tracks) -> tuple[Point, ...]:
+    """Every place that an answer names."""
+    if isinstance(answer, Tracks):
+        return tuple(place for track in answer.objects for place in track)
+    return answer.points if isinstance(answer, Points) else ()
+
+
+def marked(pixels: np.ndarray, sample: Example, at: float) -> Image.Image:
+    """(h, w, 3) pixels, enlarged where small, with the places of every branch in the branch's colour.
+
+    at: number of the image, or time of the frame, whose places are marked.
+    """
+    image = Image.fromarray(pixels)
     scale = max(1, SHOWN_SIDE // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
@@ -213,8 +242,8 @@ def picture(shards: Shards, sample: Example, index: int) -> Image.Image:
         color = COLORS[number % len(COLORS)]
         radius = 6 + 3 * (number % 4)  # rings of branches that mark the same place stay apart
         for turn in branch.turns:
-            for at, x, y in turn.answer.points if isinstance(turn.answer, Points) else ():
-                if at == index + 1:
+            for place_at, x, y in places(turn.answer):
+                if place_at == at:
                     x, y = x * image.width, y * image.height
                     pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black", width=4)
                     pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=2)
@@ -227,13 +256,16 @@ def write_page(shards: Shards, rows: list[Summary], samples: Iterator[tuple[str,
     articles = []
     for number, (dataset, split, sample) in enumerate(samples):
         shown = ""
-        for index in range(len(sample.media)):
+        for index, shot in enumerate(pictures(shards, sample)):
             stream = io.BytesIO()
-            picture(shards, sample, index).save(stream, "PNG")
+            shot.save(stream, "PNG")
             (folder / f"{number:03d}_{dataset}_{split}_{index}.png").write_bytes(stream.getvalue())
             shown += f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}" alt="">'
         title = html.escape(f"{dataset} / {split} / {sample.key}")
-        said = "".join(_paragraphs(branch, COLORS[i % len(COLORS)]) for i, branch in enumerate(sample.branches))
+        said = "".join(
+            _paragraphs(branch, COLORS[i % len(COLORS)], sample.video is not None)
+            for i, branch in enumerate(sample.branches)
+        )
         articles.append(f"<article><div>{shown}</div><div><h2>{title}</h2>{said}</div></article>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in Summary._fields)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
@@ -247,14 +279,14 @@ def write_page(shards: Shards, rows: list[Summary], samples: Iterator[tuple[str,
     return page
 
 
-def _paragraphs(branch: Branch, color: str) -> str:
+def _paragraphs(branch: Branch, color: str, seconds: bool) -> str:
     """The conversation, its style first; a bar in the colour of its marks where it has points."""
-    has_points = any(isinstance(turn.answer, Points) for turn in branch.turns)
+    has_points = any(not isinstance(turn.answer, str) for turn in branch.turns)
     mark = f' style="border-left:4px solid {color};padding-left:.5em"' if has_points else ""
     style = f"<span class=style>{html.escape(branch.style)}:</span>"
     return "".join(
         f"<p{mark}>{style} <b>{html.escape(prompt)}</b> {html.escape(answer)}</p>"
-        for prompt, answer in exchanges(branch)
+        for prompt, answer in exchanges(branch, seconds=seconds)
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 #: Moments are moved this many seconds onwards, so that rounding never shows the frame before the one meant.
 ROUNDING = 1e-6
-_HEADER = struct.Struct("<qqqqq?")
+_HEADER = struct.Struct("<qqqqq??")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Timeline:
     end: int
     """Tick at which the last frame disappears."""
     seekable: bool
-    """False where the packets do not tell when their frames are shown: such a file is decoded from its beginning, and
-    its i-th frame is the one shown at pts[i]."""
+    """False where the decoder gives other frames than the packets promise: such a file is decoded from its beginning,
+    so that each frame is the same whichever others are asked for."""
+    timed: bool = True
+    """False where the packets do not tell when their frames are shown: the i-th frame is the one shown at pts[i]."""
 
     @property
     def seconds(self) -> float:
@@ -61,7 +63,13 @@ class Timeline:
     def pack(self) -> bytes:
         """A few bytes for a steady video: `unpack` gives it back."""
         header = _HEADER.pack(
-            self.unit.numerator, self.unit.denominator, len(self.pts), len(self.keys), self.end, self.seekable
+            self.unit.numerator,
+            self.unit.denominator,
+            len(self.pts),
+            len(self.keys),
+            self.end,
+            self.seekable,
+            self.timed,
         )
         # Differences of steady times are equal numbers, which deflate to almost nothing.
         ticks = np.concatenate([np.diff(self.pts, prepend=0), np.diff(self.keys, prepend=0)])
@@ -71,7 +79,7 @@ class Timeline:
     def unpack(cls, data: bytes) -> Timeline:
         """From `pack`'s bytes. Raises ValueError for others."""
         try:
-            numerator, denominator, frames, keys, end, seekable = _HEADER.unpack_from(data)
+            numerator, denominator, frames, keys, end, seekable, timed = _HEADER.unpack_from(data)
             size = 8 * (frames + keys)
             stream = zlib.decompressobj()
             raw = stream.decompress(data[_HEADER.size :], size + 1)
@@ -80,6 +88,5 @@ class Timeline:
         if len(raw) != size or not stream.eof or frames < 1 or denominator < 1:
             raise ValueError("the media index holds a damaged timeline. Build the shards anew.")
         ticks = np.frombuffer(raw, dtype="<i8").astype(np.int64)
-        return cls(
-            np.cumsum(ticks[:frames]), np.cumsum(ticks[frames:]), Fraction(numerator, denominator), end, seekable
-        )
+        pts, key_pts = np.cumsum(ticks[:frames]), np.cumsum(ticks[frames:])
+        return cls(pts, key_pts, Fraction(numerator, denominator), end, seekable, timed)

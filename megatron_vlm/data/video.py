@@ -7,10 +7,12 @@ promised is decoded from its beginning. h, w: pixels of a frame as displayed.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Any, NamedTuple, NoReturn
 
 import av
@@ -30,13 +32,15 @@ CODECS = frozenset(
     "h264 hevc vp8 vp9 av1 libdav1d mpeg1video mpeg2video mpeg4 msmpeg4v1 msmpeg4v2 msmpeg4 h263 "
     "mjpeg cinepak ffv1 prores wmv1 wmv2 libvpx libvpx-vp9".split()
 )
+#: Frames at the beginning and key frames over the whole video that are tried before its packets are believed.
+TRIED_FRAMES, TRIED_KEYS = 32, 4
 #: A file is cut where this share of the time that its header promises is missing, and more than so many seconds: sound
 #: files differ a little from their headers.
 MISSING_SHARE, MISSING_S = 0.2, 1.0
 
 
 class Scan(NamedTuple):
-    """What a video file is, by its packets and its first frame."""
+    """What a video file is, by its packets and its first frames."""
 
     timeline: Timeline
     width: int
@@ -64,7 +68,7 @@ def container_of(data: bytes) -> tuple[str, str]:
 
 
 def scan(data: bytes, *, name: str) -> Scan:
-    """Read all packets, and decode the first frame. `name` is what an error calls the video.
+    """Read all packets, and decode a few frames. `name` is what an error calls the video.
 
     Raises ValueError, naming the video, where it is not of an allowed kind, exceeds a limit, is cut, or has no frame.
     """
@@ -72,7 +76,8 @@ def scan(data: bytes, *, name: str) -> Scan:
     try:
         with container:
             timeline = _timeline(container, stream, name)
-            width, height = _first_size(data, name)
+            width, height, sound = _first_frames(data, timeline, name)
+            timeline = dataclasses.replace(timeline, seekable=timeline.timed and sound)
             return Scan(timeline, width, height, container_of(data)[1])
     except av.error.FFmpegError as error:
         raise ValueError(f"video {name} cannot be read ({error}).") from error
@@ -166,7 +171,7 @@ def _timeline(container: Any, stream: Any, name: str) -> Timeline:
     end = int(vanish[seen].max())
     if end <= pts[-1]:  # some containers do not say how long their last frame stays
         end = int(pts[-1]) + max(1, round(float(np.median(np.diff(pts)))) if len(pts) > 1 else round(1 / unit / 25))
-    timeline = Timeline(pts, np.unique(appear[key]), unit, end, timed)
+    timeline = Timeline(pts, np.unique(appear[key]), unit, end, seekable=timed, timed=timed)
     if timeline.seconds > MAX_SECONDS:
         raise ValueError(f"video {name} lasts {timeline.seconds:.0f} s; at most {MAX_SECONDS:.0f} s are read.")
     return timeline
@@ -182,14 +187,30 @@ def _check_whole(promised_s: float, found_s: float, name: str) -> None:
         )
 
 
-def _first_size(data: bytes, name: str) -> tuple[int, int]:
-    """Width and height of the first frame as displayed."""
+def _first_frames(data: bytes, timeline: Timeline, name: str) -> tuple[int, int, bool]:
+    """Width and height of the first frame as displayed, and whether the decoder gives what the packets promise: the
+    first frames in their order, and key frames after a jump."""
     container, stream = _opened(data, name)
     with container:
-        for frame in _decoded(container, stream, _Clock(name)):
-            turned = frame.rotation % 180 == 90
-            return (frame.height, frame.width) if turned else (frame.width, frame.height)
-    raise ValueError(f"video {name} has no frame that decodes.")
+        clock = _Clock(name)
+        frames = [*islice(_decoded(container, stream, clock), TRIED_FRAMES)]
+        if not frames:
+            raise ValueError(f"video {name} has no frame that decodes.")
+        sound = [frame.pts for frame in frames] == timeline.pts[:TRIED_FRAMES].tolist()
+        keys = timeline.keys[timeline.keys > timeline.pts[0]]
+        for key in keys[:: max(1, -(-len(keys) // TRIED_KEYS))].tolist():
+            sound = sound and _jumps_to(key, container, stream, clock)
+        size = frames[0].width, frames[0].height
+        return (*(size[::-1] if frames[0].rotation % 180 == 90 else size), sound)
+
+
+def _jumps_to(key: int, container: Any, stream: Any, clock: _Clock) -> bool:
+    try:
+        container.seek(key, stream=stream)
+    except av.error.FFmpegError:
+        return False
+    found = (frame.pts for frame in _decoded(container, stream, clock) if frame.pts is None or frame.pts >= key)
+    return next(found, None) == key
 
 
 def _decoded(container: Any, stream: Any, clock: _Clock) -> Iterator[Any]:
@@ -243,7 +264,7 @@ def _from_the_start(
     with container:
         done, before, pixels = 0, None, None
         for number, frame in enumerate(_decoded(container, stream, clock)):
-            at = frame.pts if timeline.seekable and frame.pts is not None else _tick(timeline, number)
+            at = frame.pts if timeline.timed and frame.pts is not None else _tick(timeline, number)
             while done < len(wanted) and at > int(timeline.pts[wanted[done]]):
                 if pixels is None:
                     pixels = _pixels(before if before is not None else frame, name)

@@ -32,12 +32,13 @@ def test_the_key_frame_to_start_from():
 
 def test_packed_and_back():
     steady = Timeline(
-        np.arange(30_000) * 512, np.arange(0, 30_000, 250) * 512, Fraction(1, 12_800), 30_000 * 512, False
+        np.arange(30_000) * 512, np.arange(0, 30_000, 250) * 512, Fraction(1, 12_800), 30_000 * 512, False, False
     )
     for timeline in (VARIABLE, steady):
         found = Timeline.unpack(timeline.pack())
         assert found.pts.tolist() == timeline.pts.tolist() and found.keys.tolist() == timeline.keys.tolist()
-        assert (found.unit, found.end, found.seekable) == (timeline.unit, timeline.end, timeline.seekable)
+        for name in ("unit", "end", "seekable", "timed"):
+            assert getattr(found, name) == getattr(timeline, name)
     assert len(steady.pack()) < 600
 
 

@@ -50,6 +50,7 @@ def test_the_frame_on_the_screen(kind):
     # The same frames one by one, and from the file's beginning: a rank's share does not depend on the others'.
     assert [numbers(data, [moment], found.timeline)[0] for moment in MOMENTS] == SHOWN
     assert numbers(data, MOMENTS, dataclasses.replace(found.timeline, seekable=False)) == SHOWN
+    assert numbers(data, MOMENTS, dataclasses.replace(found.timeline, seekable=False, timed=False)) == SHOWN
 
 
 def test_pixels_are_those_of_a_decoder_that_reads_everything():
@@ -136,6 +137,27 @@ def test_a_claim_of_thirty_thousand_frames(monkeypatch):
     monkeypatch.setattr(video, "MAX_FRAMES", 39)
     with pytest.raises(ValueError, match="video x has more than 39 frames"):
         video.scan(whole, name="x")
+
+
+def test_packets_that_the_decoder_does_not_follow(monkeypatch):
+    """A file whose frames come out at other times than its packets have is decoded from its beginning, always."""
+    data = made("b-frames")
+    assert video.scan(data, name="x").timeline.seekable
+    whole = video._timeline
+
+    def moved(*arguments):
+        timeline = whole(*arguments)
+        pts = timeline.pts.copy()
+        pts[20:] += 5
+        return dataclasses.replace(timeline, pts=pts)
+
+    monkeypatch.setattr(video, "_timeline", moved)
+    timeline = video.scan(data, name="x").timeline
+    assert not timeline.seekable and timeline.timed
+    assert numbers(data, [0.5, 3.05, 3.55], timeline) == [5, 30, 35]
+    monkeypatch.setattr(video, "_timeline", whole)
+    monkeypatch.setattr(video, "_jumps_to", lambda *arguments: False)
+    assert not video.scan(data, name="x").timeline.seekable
 
 
 def test_a_stale_index_falls_back():

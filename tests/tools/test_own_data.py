@@ -166,7 +166,7 @@ def test_page_shows_the_samples_and_escapes_their_text(folder: Path, capsys: pyt
 def test_points_are_marked_where_they_are(folder: Path) -> None:
     shards = build(folder)
     sample = shards.example("mine", "train", 3)
-    shown = np.asarray(inspect_data.picture(shards, sample, 0)).astype(int)
+    shown = np.asarray(next(inspect_data.pictures(shards, sample))).astype(int)
     height, width, _ = shown.shape
     rows, columns = np.nonzero(np.abs(shown - shown[-1, -1]).sum(2) > 60)
     assert abs(columns.mean() / width - 0.25) < 0.01 and abs(rows.mean() / height - 0.5) < 0.01
