@@ -1,0 +1,138 @@
+"""Rows of every kind of file, addresses of media ids, and values that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from megatron_vlm.data.example import Branch, Clip, Point, Points, Turn
+from megatron_vlm.data.sets import source
+from megatron_vlm.data.sets.draft import Draft, Reference, from_line, to_line
+from megatron_vlm.data.sets.entry import Entry
+from megatron_vlm.data.sets.group import trees
+from megatron_vlm.data.sets.questions import questions
+from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.source import Context, Piece
+from megatron_vlm.data.sets.table import find
+
+ROWS = [{"video": f"v{number}", "question": "What?", "answer": "A cat."} for number in range(3)]
+
+
+def read(path: Path, **entry: str) -> list[object]:
+    return list(source.rows(Piece(str(path), -1, 0), Entry(questions, **entry)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_files_of_both_kinds(tmp_path: Path, kind: str) -> None:
+    table, path = pa.Table.from_pylist(ROWS), tmp_path / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as sink:
+        with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    assert read(path) == ROWS
+
+
+def test_json_in_its_forms(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"data": {"inner": ROWS}}))
+    assert read(path, within="data.inner") == ROWS
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert read(path) == ROWS
+    path.write_text(json.dumps({"a": {"subset": "x", "parts": [{"q": 1}, {"q": 2}]}}))
+    assert read(path, explode="parts") == [{"key": "a", "subset": "x", "q": number} for number in (1, 2)]
+
+
+@pytest.mark.parametrize(("name", "content"), [("rows.parquet", b"PAR1xxxx"), ("rows.json", b"{"),
+                                               ("rows.arrow", b"ARROW1"), ("charades.txt", b"no such line"),
+                                               ("rows.pickle", b"x")])  # fmt: skip
+def test_files_that_are_none_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read(tmp_path / name)
+
+
+def test_ids_get_their_addresses(tmp_path: Path) -> None:
+    """The first address that gives a file; a player's page gives none."""
+    entry = find("molmo2_human_qa")
+    folder = tmp_path / entry.folder("molmo2_human_qa")
+    folder.mkdir(parents=True)
+    table = {"v0": {"youtube": "https://www.youtube.com/watch?v=v0", "gcs": "https://files.example/v0.mp4"},
+             "v1": ["https://youtu.be/v1"], "v2": "https://files.example/v2.mp4"}  # fmt: skip
+    (folder / entry.addresses).write_text(json.dumps(table))
+    context = source.context(entry, "molmo2_human_qa", tmp_path, find)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"video_id": f"v{n}", "question": "What?", "answer": "x"}) + "\n" for n in range(3))
+    )
+    found = [draft for _, draft in source.drafts(entry, Piece(str(rows), -1, 3), context)]
+    assert [draft.media[0].url for draft in found if isinstance(draft, Draft)] == [
+        "https://files.example/v0.mp4", "", "https://files.example/v2.mp4",
+    ]  # fmt: skip
+    (folder / entry.addresses).write_text("[]")
+    with pytest.raises(ValueError, match="is no table of addresses"):
+        source.context(entry, "molmo2_human_qa", tmp_path, find)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"video": "v", "question": "", "answer": "x"},
+            r"column 'question' is ''; needed a text. Columns of the row: ",
+        ),
+        ({"video": "v", "question": "x", "answer": None}, "column 'answers' is None"),
+        ({"question": "x", "answer": "x"}, "names no image and no video"),
+        ({"video": "v", "question": "x", "options": ["a", "b"], "answer": 2}, "one of the 2 options"),
+        ({"video": "v", "question": "x", "options": "ab", "answer": 0}, "needed a list"),
+        ({"video": "v", "question": "x", "answer": "y", "span": [9, 3]}, "a later end"),
+        ({"video": "v", "question": "x", "answer": "y", "start": "nan", "end": 3}, "a finite number"),
+        ({"video": "v", "question": "x", "answer": "y", "subtitles": [{"start": 0, "text": "a"}]}, "column 'end'"),
+        ({"image": 3, "question": "x", "answer": "y"}, "bytes, a file name or an address"),
+    ],
+)
+def test_bad_rows_are_told(tmp_path: Path, row: dict[str, object], message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    entry = Entry(questions, options={"style": "x"})
+    ((place, error),) = source.drafts(entry, Piece(str(path), -1, 1), Context())
+    assert place == "rows.jsonl:0:0" and isinstance(error, ValueError)
+    with pytest.raises(ValueError, match=message):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("values", "span"),
+    [({"span": "76.01-84.2"}, (76.01, 84.2)), ({"span": "[3:12]"}, (3.0, 12.0)), ({"span": [1, 2.5]}, (1.0, 2.5)),
+     ({"start": "00:01:02.5", "end": "1:00:00"}, (62.5, 3600.0)), ({"start": None, "end": None}, None)],
+)  # fmt: skip
+def test_spans_in_their_forms(values: dict[str, object], span: tuple[float, float] | None) -> None:
+    assert Row(values).span() == span
+
+
+def test_subtitles_count_from_the_clip() -> None:
+    lines = [{"start": s, "end": s + 2, "text": f"at {s}"} for s in (0.0, 9.0, 15.0, 40.0)]
+    clip = Row({"start": 10.0, "end": 30.0, "subtitles": lines}).clip()
+    assert clip is not None and [(line.start, line.end, line.text) for line in clip.subtitles] == [
+        (0.0, 1.0, "at 9.0"), (5.0, 7.0, "at 15.0"),
+    ]  # fmt: skip
+
+
+def test_a_draft_goes_through_a_file_unchanged() -> None:
+    turns = (Turn("Ä?", Points("cups", (Point(1, 20.0, 30.0),))),)
+    draft = Draft((Branch("pointing", turns),), (Reference(data=b"\0\xff", path="a"), Reference("video", "u", id="i")),
+                  in_pixels=True, clip=Clip(1.0, 2.5, 2), part="pointing", info={"n": 1})  # fmt: skip
+    assert from_line(to_line(draft)) == draft and "\n" not in to_line(draft)
+
+
+def test_trees_are_split_at_sixty_places() -> None:
+    def draft(number: int, count: int) -> Draft:
+        points = Points(f"cup {number}", tuple(Point(1, 0.1, n / 100) for n in range(count)))
+        return Draft((Branch("pointing", (Turn("", points),)),), (Reference(url="https://x/1.jpg"),))
+
+    found = list(trees([draft(number, 25) for number in range(5)]))
+    assert [len(tree.branches) for _, tree in found] == [2, 2, 1]
+    assert [key.removeprefix(found[0][0]) for key, _ in found] == ["", "-2", "-3"]
+    one = list(trees([draft(0, 3), draft(0, 3), draft(1, 3)], chat_share=1.0))
+    assert len(one) == 1 and [turn.answer.label for turn in one[0][1].branches[0].turns] == ["cup 0", "cup 1"]  # type: ignore[union-attr]
