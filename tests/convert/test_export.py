@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from megatron_vlm.batch import PAD
-from megatron_vlm.config.geometry import ImageLayout, image_geometry, image_layout
-from megatron_vlm.data import crops
 from megatron_vlm.data.tokens import Tokenizer
 from tests.convert import world
 from tests.torchvision import declare_operators
@@ -34,41 +30,6 @@ def exported(request, tmp_path_factory) -> tuple[Path, Path]:
     checkpoint = world.bring(source, base / "checkpoint")
     exporting.send(checkpoint, base / "out", request.param)
     return checkpoint, base / "out"
-
-
-def block(layout: ImageLayout, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one image."""
-    (down, across), (rows, columns) = layout.global_grid, layout.high_grid
-    patch, end = tokenizer.im_patch, tokenizer.new_token("<im_end>")
-    row = [*[patch] * columns, tokenizer.new_token("<im_col>")]
-    start = tokenizer.new_token("<low_res_im_start>")
-    return [start, *[patch] * (down * across), end, tokenizer.new_token("<im_start>"), *row * rows, end]
-
-
-def prompt(arch: Any, pixels: list[np.ndarray], question: str) -> Any:
-    """What our own generation starts from."""
-    from megatron_vlm.evaluate.generate import Prompt
-
-    geometry = image_geometry(arch, CROPS)
-    tokenizer = Tokenizer(world.tokenizer(), arch.language)
-    layouts = [image_layout(image.shape[1], image.shape[0], geometry) for image in pixels]
-    cut = [crops.cut(image, layout, geometry) for image, layout in zip(pixels, layouts, strict=True)]
-    tables, first = [np.empty((0, 4), np.int64)], 0
-    for layout, taken in zip(layouts, cut, strict=True):
-        table = crops.windows(layout, geometry)
-        tables.append(np.where(table == PAD, PAD, table + first))
-        first += taken.shape[0] * taken.shape[1]
-    empty = np.empty((0, arch.vision.patches, arch.vision.patch_values), np.uint8)
-    prefix = [tokenizer.bos]
-    for number, layout in enumerate(layouts, start=1):
-        prefix += tokenizer.encode(f"Image {number}") if len(layouts) > 1 else []
-        prefix += block(layout, tokenizer)
-    return Prompt(
-        prefix,
-        [tokenizer.user_turn(question, first=True)],
-        np.concatenate([empty, *cut]),
-        np.concatenate(tables),
-    )
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -92,7 +53,7 @@ def test_processor_and_greedy_answer_are_ours(exported, name):
     inputs = processor.apply_chat_template(
         [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    mine = prompt(world.ARCH, pixels, QUESTION)
+    mine = world.prompt(world.ARCH, world.tokenizer(), pixels, QUESTION, CROPS)
     assert inputs["input_ids"][0].tolist() == [*mine.prefix, *mine.questions[0]]
     if pixels:
         assert torch.equal(inputs["image_token_pooling"], torch.from_numpy(mine.windows))

@@ -73,7 +73,10 @@ def test_the_table_fills_every_tensor_of_our_model_once(preset):
     assert table == {key: shape for key, shape in shapes.items() if not (other and key.startswith("connector."))}
 
 
-@pytest.mark.parametrize("preset", ["molmo2_4b", "molmo2_8b", "like_8b"])
+@pytest.mark.parametrize(
+    "preset",
+    [pytest.param("molmo2_4b", marks=pytest.mark.slow), pytest.param("molmo2_8b", marks=pytest.mark.slow), "like_8b"],
+)
 def test_native_names_and_shapes_are_those_of_transformers(preset):
     declare_operators()
     from transformers import Molmo2Config, Molmo2ForConditionalGeneration

@@ -61,8 +61,18 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["8b hub", "4b native"])
-@pytest.mark.parametrize("layouts", LAYOUTS)
+#: With every change of layout once in the fast run.
+PAIRS = [
+    ("8b hub", "tensor 2, then pipeline 2"),
+    ("4b native", "tensor 2 x pipeline 2"),
+    pytest.param("4b native", "tensor 2, then pipeline 2", marks=pytest.mark.slow),
+    pytest.param("8b hub", "tensor 2 x pipeline 2", marks=pytest.mark.slow),
+    pytest.param("4b native", "pipeline 2, then tensor 2", marks=pytest.mark.slow),
+    pytest.param("8b hub", "pipeline 2, then tensor 2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "layouts"), PAIRS)
 def test_through_checkpoints_of_other_layouts(pool, sources, tmp_path, name, layouts):
     from megatron_vlm.convert import exporting
 

@@ -8,12 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vlm.batch import PAD
 from megatron_vlm.config import presets
 from megatron_vlm.config.architecture import Architecture
-from megatron_vlm.data import tokens
+from megatron_vlm.config.geometry import ImageLayout, image_geometry, image_layout
+from megatron_vlm.data import crops, tokens
+from megatron_vlm.data.tokens import Tokenizer
 from tests.model import tiny
 from tests.torchvision import declare_operators
 
@@ -201,3 +205,38 @@ def assert_same_bytes(one: Path, other: Path) -> None:
     assert left.keys() == right.keys()
     for key, value in left.items():
         assert value.dtype == right[key].dtype and torch.equal(value, right[key]), key
+
+
+def block(layout: ImageLayout, tokenizer: Tokenizer) -> list[int]:
+    """Ids of one image."""
+    (down, across), (rows, columns) = layout.global_grid, layout.high_grid
+    patch, end = tokenizer.im_patch, tokenizer.new_token("<im_end>")
+    row = [*[patch] * columns, tokenizer.new_token("<im_col>")]
+    start = tokenizer.new_token("<low_res_im_start>")
+    return [start, *[patch] * (down * across), end, tokenizer.new_token("<im_start>"), *row * rows, end]
+
+
+def prompt(arch: Architecture, definition: str, pixels: list[np.ndarray], question: str, most_crops: int) -> Any:
+    """What our own generation starts from. definition: a tokenizer.json."""
+    from megatron_vlm.evaluate.generate import Prompt
+
+    geometry = image_geometry(arch, most_crops)
+    tokenizer = Tokenizer(definition, arch.language)
+    layouts = [image_layout(image.shape[1], image.shape[0], geometry) for image in pixels]
+    cut = [crops.cut(image, layout, geometry) for image, layout in zip(pixels, layouts, strict=True)]
+    tables, first = [np.empty((0, 4), np.int64)], 0
+    for layout, taken in zip(layouts, cut, strict=True):
+        table = crops.windows(layout, geometry)
+        tables.append(np.where(table == PAD, PAD, table + first))
+        first += taken.shape[0] * taken.shape[1]
+    empty = np.empty((0, arch.vision.patches, arch.vision.patch_values), np.uint8)
+    prefix = [tokenizer.bos]
+    for number, layout in enumerate(layouts, start=1):
+        prefix += tokenizer.encode(f"Image {number}") if len(layouts) > 1 else []
+        prefix += block(layout, tokenizer)
+    return Prompt(
+        prefix,
+        [tokenizer.user_turn(question, first=True)],
+        np.concatenate([empty, *cut]),
+        np.concatenate(tables),
+    )
