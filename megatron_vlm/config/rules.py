@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.loss_weighting": ("uniform", "root_subsegments", "root_tokens"),
     "train.precision": ("float32", "bf16"),
     "train.recompute": ("none", "selective", "full"),
+    "guard.not_finite": ("stop", "skip", "rollback"),
+    "guard.spike": ("off", "note", "stop", "skip", "rollback"),
     "optim.schedule": ("cosine", "linear", "constant"),
 }
 #: Smallest value of a number, where 0 is not the smallest.
@@ -40,6 +42,9 @@ AT_LEAST: dict[str, float] = {
     "train.global_batch": 1,
     "train.micro_batch": 1,
     "train.logit_chunk": 1,
+    "guard.history": 20,
+    "guard.loss_deviations": 1,
+    "guard.norm_deviations": 1,
     "log.every": 1,
 }
 #: Probabilities and decay rates: less than 1.

@@ -184,6 +184,27 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What happens when loss or gradient norms are not finite, or spike. Each time, the step is dumped for
+    tools/replay.py."""
+
+    not_finite: str = "stop"
+    """stop; skip: the step updates nothing; rollback: go back to the last checkpoint, and on with the next rows."""
+    spike: str = "note"
+    """The same for a spike; note: apply the step; off: do not look."""
+    history: int = 100
+    """Steps whose median and median absolute deviation say what is usual; from the 20th on."""
+    loss_deviations: float = 8.0
+    """Robust standard deviations above the median that make a loss a spike."""
+    norm_deviations: float = 30.0
+    """The same for the gradient norm of a component: these vary more."""
+    most_in_a_row: int = 5
+    """Steps skipped in a row, or rollbacks without a new checkpoint, after which the run stops."""
+    dumps: int = 20
+    """Most dumps of a run; what comes after them is only noted."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Loss on held-out rows during training."""
 
@@ -225,6 +246,8 @@ class Config:
     """The optimizer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens at spikes."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """When to evaluate."""
     log: LogConfig = field(default_factory=LogConfig)

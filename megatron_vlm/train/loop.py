@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -24,21 +23,13 @@ from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, ending, optim, resume
+from megatron_vlm.train import directory, ending, optim, recovery, resume
 from megatron_vlm.train.ending import Ending, Watch
+from megatron_vlm.train.guard import Guard
 from megatron_vlm.train.lock import Lock
 from megatron_vlm.train.metrics import Reporter
+from megatron_vlm.train.recovery import Progress
 from megatron_vlm.train.step import Outcome, Stepper
-
-
-@dataclass
-class Progress:
-    """All that a resumed run needs beside weights, optimizer and the loader's state."""
-
-    step: int
-    """Steps done."""
-    counters: dict[str, int]
-    """Counts over the whole run."""
 
 
 def train(config: Config, layout: Layout) -> Ending:
@@ -48,7 +39,8 @@ def train(config: Config, layout: Layout) -> Ending:
     the run directory; FloatingPointError where loss or gradients are not finite. Leaves exit.json in the run directory.
     """
     folder, first = directory.path(config), dist.get_rank() == 0
-    progress = Progress(0, {"skipped_steps": 0, "skipped_samples": 0})
+    counters = {"skipped_steps": 0, "skipped_samples": 0, "spikes": 0, "rollbacks": 0}
+    progress = Progress(0, counters, Guard(config.guard))
     with ExitStack() as stack:
         watch = stack.enter_context(Watch(config.run, folder))
         with together("taking the run directory"):
@@ -82,16 +74,24 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> 
     reporter = _reporter(config, layout, start)
     batches = iter(loader)
     progress.step, saved = start.step, start.step
-    counters = progress.counters = progress.counters | start.counters
+    progress.counters |= start.counters
+    progress.guard.restore(start.guard)
 
     while not (reason := watch.agreed()) and progress.step < config.train.steps:
         began = time.perf_counter()
+        before = loader.state_dict()
         fetched = next(batches)
         waited_s = time.perf_counter() - began
         step = progress.step + 1
-        outcome = stepper.train(fetched.micro_batches, step)
-        progress.step = step
-        counters["skipped_steps"] += not outcome.norms
+        outcome = stepper.train(fetched.micro_batches, step, progress.guard.judge)
+        if outcome.event:
+            recovery.keep(config, layout, stepper, fetched, outcome, before, reporter)
+            if recovery.goes_back(config, outcome, progress, models, optimizer, reporter):
+                saved = progress.step
+                continue
+        progress.step, counters = step, progress.counters
+        counters["skipped_steps"] += not outcome.applied
+        counters["spikes"] += outcome.event is not None
         counters["skipped_samples"] += len(fetched.skipped)
         record = _record(config, step, fetched, outcome) | counters
         record |= _speed(config, outcome, time.perf_counter() - began, waited_s)
@@ -119,10 +119,11 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> 
 
 def _save(config: Config, models: list[Any], optimizer: Any, loader: Loader, progress: Progress, watch: Watch) -> None:
     began = time.monotonic()
-    state = {"data": loader.state_dict(), "counters": progress.counters}
+    state = {"data": loader.state_dict(), "counters": progress.counters, "guard": progress.guard.state()}
     folder = directory.checkpoints(config)
     checkpoint.save(folder, models=models, optimizer=optimizer, step=progress.step, config=config, state=state)
     watch.saved(time.monotonic() - began)
+    progress.guard.rollbacks = 0
 
 
 def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter | None:

@@ -17,6 +17,7 @@ import torch
 from megatron_vlm import cost
 from megatron_vlm.batch import PREFIX_BRANCH, Batch
 from megatron_vlm.config.schema import Config
+from megatron_vlm.train import directory
 
 Record = dict[str, Any]
 
@@ -53,15 +54,26 @@ class Reporter:
     def __init__(self, folder: Path, config: Config, start: int, out: TextIO | None = None):
         """`start`: the step that the run goes on from; 0 = a new run."""
         self.config, self.out = config, out or sys.stdout
-        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self._ledger = open(folder / "ledger.jsonl", "a", encoding="utf-8")
+        self._open(folder)
         self._board: Any = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
 
             # purge_step: events after the checkpoint belong to the run that was cut off.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
-        self._start, self._began = start, time.monotonic()
+        self._folder, self._start, self._began = folder, start, time.monotonic()
+
+    def _open(self, folder: Path) -> None:
+        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._ledger = open(folder / "ledger.jsonl", "a", encoding="utf-8")
+
+    def back_to(self, step: int) -> None:
+        """The run goes on from an earlier step: set the lines after it aside."""
+        for file in (self._metrics, self._ledger):
+            file.close()
+        for name in directory.LOGS:
+            directory.cut(self._folder / name, step)
+        self._open(self._folder)
 
     def step(self, record: Record, ledger: Record) -> None:
         """One training step: `record` for metrics.jsonl, with its step and `ledger` for ledger.jsonl."""

@@ -145,8 +145,19 @@ def clip(optimizer: MegatronOptimizer, clip_norm: float) -> dict[str, float]:
             squares[index] = torch.stack(torch._foreach_norm(counted[name], dtype=torch.float64)).square().sum()
     dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
     norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
-    for name in names:
-        scale = clip_norm / (norms[name] + 1e-6)
-        if clip_norm and scale < 1 and gradients[name]:
+    for name, scale in clip_scales(norms, clip_norm).items():
+        if scale < 1 and gradients[name]:
             torch._foreach_mul_(gradients[name], scale)
     return norms
+
+
+def clip_scales(norms: dict[str, float], clip_norm: float) -> dict[str, float]:
+    """What the gradients of each component are multiplied by; 1 where the norm is small enough, or not a number."""
+    scales = {name: clip_norm / (norm + 1e-6) if clip_norm else 1.0 for name, norm in norms.items()}
+    return {name: scale if 0 < scale < 1 else 1.0 for name, scale in scales.items()}
+
+
+def clipped_as(name: str) -> str:
+    """Parameter name -> the name under which its gradient is clipped and reported."""
+    component = component_of(name)
+    return next(group for group, members in CLIPPED_TOGETHER.items() if component in members)

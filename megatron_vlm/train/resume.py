@@ -31,6 +31,8 @@ class Start:
     """The loader's state; None = from the first row."""
     counters: dict[str, int] = field(default_factory=dict)
     """Counts over the whole run so far."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard knows of the last steps."""
 
 
 def find(config: Config) -> Start:
@@ -69,7 +71,7 @@ def find(config: Config) -> Start:
             f"init.checkpoint={latest} it starts from these weights)."
         )
     words = f"Resuming {run} from step {saved.step} ({latest})."
-    return Start(latest, None, saved.step, words, saved.state["data"], saved.state["counters"])
+    return Start(latest, None, saved.step, words, saved.state["data"], saved.state["counters"], saved.state.get("guard", {}))
 
 
 def restore(

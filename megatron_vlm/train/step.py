@@ -7,7 +7,7 @@ ranks. Megatron's own divisor is an integer counted per micro-batch, so it gets 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,11 @@ from megatron_vlm.batch import Batch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.cost import Work
 from megatron_vlm.parallel import context, groups
-from megatron_vlm.train import metrics, optim
+from megatron_vlm.train import evidence, metrics, optim
+from megatron_vlm.train.evidence import Evidence, Seen
+from megatron_vlm.train.guard import Event
+
+Judge = Callable[[int, Mapping[str, float]], Event | None]
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,13 @@ class Outcome:
     work: Work
     """What was computed, over the global batch."""
     norms: dict[str, float] = field(default_factory=dict)
-    """Gradient norm of each component before clipping. Empty in an evaluation and in a skipped step."""
+    """Gradient norm of each component before clipping. Empty in an evaluation and in a step without loss weights."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Learning rate of each component, likewise."""
+    """Learning rate of each component. Empty in an evaluation."""
+    event: Event | None = None
+    """What a guard found."""
+    applied: bool = True
+    """Whether the weights were updated."""
 
     @property
     def grad_norm(self) -> float:
@@ -65,15 +73,17 @@ class Stepper:
         self.models, self.optimizer, self.config, self.sources = list(models), optimizer, config, tuple(sources)
         self.device = torch.device(torch.cuda.current_device())
         self._divisor = 0.0
+        self._seen: list[Seen] = []
         for model in self.models:
             model_config: Any = model.config
             model_config.finalize_model_grads_func = self._finalize
 
-    def train(self, micro_batches: Sequence[Batch], step: int) -> Outcome:
+    def train(self, micro_batches: Sequence[Batch], step: int, judge: Judge | None = None) -> Outcome:
         """Forward, backward and update number `step` (from 1) on this data rank's micro-batches.
 
-        A global batch without loss weights updates nothing: `norms` is empty then.
-        Raises FloatingPointError, before anything is updated, where loss or gradients are not finite.
+        A global batch without loss weights updates nothing: `norms` is empty then. Nor does one that `judge` (which
+        gets the step, and loss and norms that are the same on all ranks) refuses by an event other than a note.
+        Raises FloatingPointError, before anything is updated, where loss or gradients are not finite and nobody judges.
         """
         assert self.optimizer is not None
         for model in self.models:
@@ -82,20 +92,32 @@ class Stepper:
         self.optimizer.zero_grad()
         weight, work = self._measure(micro_batches)
         if weight == 0:
-            return Outcome(math.nan, {}, 0.0, work)
+            rates = optim.set_learning_rates(self.optimizer, self.config, step)
+            return Outcome(math.nan, {}, 0.0, work, rates=rates, applied=False)
+        self._seen.clear()
         self._divisor = weight
         outcome = self._outcome(self._run(micro_batches, forward_only=False), weight, work)
         self.optimizer.prepare_grads()
         norms = optim.clip(self.optimizer, self.config.optim.clip_norm)
-        broken = [name for name, value in {"loss": outcome.loss, **norms}.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"step {step} has no finite {' or '.join(broken)} (loss {outcome.loss}, gradient norms {norms}). "
-                f"Nothing was updated. {_ADVICE}"
-            )
         rates = optim.set_learning_rates(self.optimizer, self.config, step)
-        self.optimizer.step_with_ready_grads()
-        return replace(outcome, norms=norms, rates=rates)
+        values = self._agreed({"loss": outcome.loss, **norms})
+        event = (judge or _raise)(step, values)
+        applied = event is None or event.policy == "note"
+        if applied:
+            self.optimizer.step_with_ready_grads()
+        return replace(outcome, norms=norms, rates=rates, event=event, applied=applied)
+
+    def evidence(self, outcome: Outcome) -> Evidence:
+        """What there is to know about the step just done, of the whole global batch. Collective."""
+        assert self.optimizer is not None
+        scales = optim.clip_scales(outcome.norms, self.config.optim.clip_norm)
+        return evidence.gather(self._seen, self.models, self.optimizer, scales)
+
+    def _agreed(self, values: dict[str, float]) -> dict[str, float]:
+        """The values of rank 0: ranks that differ in the last digit could come to different verdicts."""
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        dist.broadcast(numbers, src=0)
+        return dict(zip(values, numbers.tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Sequence[Batch]]) -> Outcome:
@@ -107,6 +129,7 @@ class Stepper:
         for micro_batches in batches:
             weight, work = self._measure(micro_batches)
             total += weight
+            self._seen.clear()
             done = Work(*map(sum, zip(astuple(done), astuple(work), strict=True)))
             sums += self._run(micro_batches, forward_only=True)
         return self._outcome(sums, total, done)
@@ -149,6 +172,7 @@ class Stepper:
         """token_losses: (b, s_local) float32, this context rank's chunk of the rows."""
         weights = context.chunk(batch.loss_weights, 1, groups.context())
         sources = context.chunk(batch.sources, 1, groups.context())
+        self._seen.append(Seen(batch.rows, token_losses.detach(), weights))
         weighted = token_losses * weights
         with torch.no_grad():
             counted = weights != 0
@@ -176,7 +200,7 @@ class Stepper:
         return Outcome(total / weight if weight else math.nan, losses, weight, work)
 
 
-_ADVICE = (
-    "Look at the rows of this step (ledger.jsonl), lower the learning rates or lengthen the warm-up, and start again "
-    "from the last checkpoint."
-)
+def _raise(step: int, values: Mapping[str, float]) -> None:
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        raise FloatingPointError(f"step {step} has no finite {' or '.join(broken)}. Nothing was updated.")

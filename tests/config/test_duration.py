@@ -18,11 +18,11 @@ def test_anything_else_is_refused(text):
 
 
 def test_a_clock_time_survives_yaml(tmp_path):
-    """YAML 1.1 reads 01:30:00 as the number 5400, which would be taken for minutes."""
+    """YAML 1.1 reads 10:30:00 as the number 37800, which would be taken for minutes."""
     (tmp_path / "empty.yaml").write_text("")
-    config = load.load(tmp_path / "empty.yaml", ["run.time_limit=01:30:00"])
+    config = load.load(tmp_path / "empty.yaml", ["run.time_limit=10:30:00"])
     (tmp_path / "dumped.yaml").write_text(load.dump(config))
-    assert load.load(tmp_path / "dumped.yaml").run.time_limit == "01:30:00"
-    (tmp_path / "unquoted.yaml").write_text("run: {time_limit: 01:30:00}")
-    with pytest.raises(ValueError, match="run.time_limit=5400 .* must be text"):
+    assert load.load(tmp_path / "dumped.yaml").run.time_limit == "10:30:00"
+    (tmp_path / "unquoted.yaml").write_text("run: {time_limit: 10:30:00}")
+    with pytest.raises(ValueError, match="run.time_limit=37800 .* must be text"):
         load.load(tmp_path / "unquoted.yaml")

@@ -1,0 +1,159 @@
+"""What a guard calls insane, and what the run does about it, on real processes."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_vlm.config.schema import GuardConfig
+from megatron_vlm.train import dump
+from megatron_vlm.train.guard import LEAST_HISTORY, Guard, robust
+from tests.data import world as data
+from tests.train import world
+
+
+def _seen(guard, steps=LEAST_HISTORY):
+    for step in range(1, steps + 1):
+        assert guard.judge(step, {"loss": 2 + 0.1 * math.sin(step), "vision": 0.0, "language": 1.0}) is None
+    return guard
+
+
+def test_robust_is_not_moved_by_an_outlier():
+    middle, spread = robust([1.0, 2.0, 3.0, 4.0, 1000.0])
+    assert middle == 3 and spread == pytest.approx(1.4826)
+
+
+def test_what_is_not_finite_is_refused_from_the_first_step():
+    event = Guard(GuardConfig(not_finite="skip")).judge(1, {"loss": 2.0, "vision": float("inf")})
+    assert (event.kind, event.policy, event.name, event.value) == ("not_finite", "skip", "vision", float("inf"))
+
+
+def test_a_spike_is_told_by_the_last_steps_and_not_before_there_are_enough():
+    assert _seen(Guard(GuardConfig(spike="stop")), LEAST_HISTORY - 1).judge(20, {"loss": 50.0}) is None
+    guard = _seen(Guard(GuardConfig(spike="stop")))
+    assert guard.judge(21, {"loss": 2.4, "language": 1.1}) is None
+    event = guard.judge(22, {"loss": 4.0, "language": 1.0})
+    assert (event.kind, event.name) == ("spike", "loss") and "deviations above its median of 2" in event.words
+    assert guard.judge(23, {"loss": 2.0, "language": 1.7}).name == "language"
+    assert guard.judge(24, {"loss": 2.0, "language": 1.0, "vision": 9.0}) is None  # it has not trained so far
+    assert _seen(Guard(GuardConfig(spike="off"))).judge(21, {"loss": 1e9}) is None
+
+
+def test_refused_steps_are_counted_and_leave_the_estimate_alone():
+    guard = _seen(Guard(GuardConfig(spike="skip")))
+    for count in (1, 2, 3):
+        assert guard.judge(20 + count, {"loss": 90.0}).policy == "skip" and guard.refused == count
+    assert guard.judge(24, {"loss": 2.0}) is None and guard.refused == 0
+
+
+def test_state_goes_through_json_and_gives_the_same_verdicts():
+    guard = _seen(Guard(GuardConfig(spike="skip")))
+    again = Guard(guard.config, json.loads(json.dumps(guard.state())))
+    assert again.judge(21, {"loss": 4.0}) == guard.judge(21, {"loss": 4.0}) is not None
+
+
+def _poisoned(settings, steps):
+    """`loop.train` where the loss weights of data rank 1's (or the only rank's) batches of `steps` are not numbers."""
+    from megatron_vlm.data.loader import Loader
+    from megatron_vlm.parallel import groups
+    from megatron_vlm.parallel.layout import Layout
+    from megatron_vlm.train import loop
+
+    layout = Layout.of(settings.parallel, dist.get_world_size())
+    groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
+    iterate = Loader.__iter__
+
+    def poison(self):
+        for number, fetched in enumerate(iterate(self), 1):
+            if number in steps and dist.get_rank() == dist.get_world_size() - 1:
+                batches = [
+                    dataclasses.replace(batch, loss_weights=torch.where(batch.loss_weights != 0, torch.nan, 0.0))
+                    for batch in fetched.micro_batches
+                ]
+                fetched = dataclasses.replace(fetched, micro_batches=tuple(batches))
+            yield fetched
+
+    Loader.__iter__ = poison
+    try:
+        return dataclasses.asdict(loop.train(settings, layout))
+    finally:
+        Loader.__iter__ = iterate
+
+
+@pytest.fixture
+def settings(tmp_path):
+    data.build(tmp_path / "data")
+
+    def make(policy, **guard):
+        config = world.config(tmp_path / "data")
+        return dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, dir=str(tmp_path / "run"), device="cpu"),
+            train=dataclasses.replace(config.train, steps=4),
+            checkpoint=dataclasses.replace(config.checkpoint, every=2),
+            guard=GuardConfig(not_finite=policy, **guard),
+            log=dataclasses.replace(config.log, tensorboard=False),
+        )
+
+    return make
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_skip_leaves_a_poisoned_step_out_on_all_ranks(settings, tmp_path, pool):
+    endings = pool(2).run(_poisoned, settings("skip"), {3}, timeout_s=120)
+    assert endings == [{"outcome": "finished", "reason": "all steps done", "step": 4}] * 2
+    metrics = _lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in metrics] == [0, 0, 1, 1] and metrics[2]["loss"] is None
+    assert math.isfinite(metrics[3]["loss"])
+    kept = dump.read(tmp_path / "run" / "guards" / "step-0000003.json")
+    ledger = _lines(tmp_path / "run" / "ledger.jsonl")
+    assert kept.facts["keys_hash"] == ledger[2]["keys_hash"] and kept.losses.shape == (len(kept.rows), 192)
+    # Rows of rank 1 are the culprits; the losses themselves are sound.
+    assert np.isnan(kept.weights).any(axis=1).sum() == len(kept.rows) / 2
+    assert "language.decoder.layers.3.mlp.linear_fc2" in kept.facts["modules"]
+    (event,) = _lines(tmp_path / "run" / "guards" / "events.jsonl")
+    assert event["dump"] == "step-0000003.json" and event["kind"] == "not_finite"
+
+
+def test_rollback_goes_to_the_checkpoint_and_passes_the_rows_over(settings, tmp_path, pool):
+    pool(1).run(_poisoned, settings("rollback"), {4}, timeout_s=120)
+    metrics, ledger = (_lines(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "ledger"))
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4] and metrics[3]["rollbacks"] == 1
+    places = [(line["window"], line["offset"]) for line in ledger]
+    assert len(set(places)) == 4 and places == sorted(places)
+    (cut,) = _lines(tmp_path / "run" / "metrics.jsonl.cut")
+    assert cut["step"] == 3 and cut["loss"] != metrics[2]["loss"]
+
+
+def test_stop_leaves_the_last_checkpoint_and_says_why(settings, tmp_path, pool):
+    with pytest.raises(RuntimeError, match="step 3 has no sane loss: loss is nan. Nothing was updated"):
+        pool(1).run(_poisoned, settings("stop"), {3}, timeout_s=120)
+    told = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert told["outcome"] == "failed" and told["step"] == 2 and "loss is nan" in told["reason"]
+
+
+def test_skipping_without_end_stops(settings, pool):
+    with pytest.raises(RuntimeError, match="2 steps in a row were refused"):
+        pool(1).run(_poisoned, settings("skip", most_in_a_row=1), {2, 3, 4}, timeout_s=120)
+
+
+def test_a_rollback_needs_a_checkpoint(settings, pool):
+    with pytest.raises(RuntimeError, match="there is no checkpoint to roll back to yet"):
+        pool(1).run(_poisoned, settings("rollback"), {1}, timeout_s=120)
+
+
+def test_a_dump_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "step-0000001.json"
+    for text in ("", "[1]", '{"format": 1}', '{"format": 2}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="step-0000001.json cannot be read"):
+            dump.read(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        dump.read(tmp_path / "nowhere.json")
