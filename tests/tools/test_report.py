@@ -49,8 +49,8 @@ def run(tmp_path):
         lines = [
             {
                 "step": step, "loss": 8 / step, f"loss/{source}": 8 / step, "grad_norm": 1.0 + step % 3,
-                "lr_vision": 1e-4, "useful_tokens": 1000, "image_tokens": 0, "step_time_s": 0.5, "data_wait_s": 0.1, "fill": 0.9,
-                "mfu": None, "skipped_steps": 0,
+                "lr_vision": 1e-4, "useful_tokens": 1000, "image_tokens": 0, "step_time_s": 0.5, "data_wait_s": 0.1,
+                "fill": 0.9, "mfu": None, "skipped_steps": 0,
             } | ({"eval_loss": 1.0} if step % 100 == 0 else {})
             for step in range(1, steps + 1)
         ]  # fmt: skip
