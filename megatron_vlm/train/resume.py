@@ -71,7 +71,9 @@ def find(config: Config) -> Start:
             f"init.checkpoint={latest} it starts from these weights)."
         )
     words = f"Resuming {run} from step {saved.step} ({latest})."
-    return Start(latest, None, saved.step, words, saved.state["data"], saved.state["counters"], saved.state.get("guard", {}))
+    return Start(
+        latest, None, saved.step, words, saved.state["data"], saved.state["counters"], saved.state.get("guard", {})
+    )
 
 
 def restore(
