@@ -261,7 +261,7 @@ def _figure(runs: Sequence[Run], title: str, unit: str, wanted: tuple[str, ...],
         return ""
     if len(runs) > 1:
         legend.append(f"<span class=dim>solid {_text(runs[0].name)}, dashed {_text(runs[1].name)}</span>")
-    caption = f"{_text(title)} <small>{_text(', '.join(filter(None, (unit, log and 'logarithmic'))))}</small>"
+    caption = f"{_text(title)} <small>{_text(', '.join(filter(None, (unit, 'logarithmic' if log else ''))))}</small>"
     return (
         f"<figure><figcaption>{caption}</figcaption>{chart(lines, log)}"
         f'<div class="legend">{"".join(legend)}</div></figure>'
