@@ -109,7 +109,12 @@ def test_a_build_that_stopped_is_gone_on_with(downloads: Path, tmp_path: Path, m
         build(NAMES, downloads, tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists() and (tmp_path / "stopped.work").is_dir()
     again: list[str] = []
-    monkeypatch.setattr(units, "ShardWriter", lambda path: again.append(path.name) or original(path))
+
+    def noted(path: Path) -> object:
+        again.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(units, "ShardWriter", noted)
     build(NAMES, downloads, tmp_path / "stopped")
     assert not set(made) & set(again) and again, "finished units are not made again"
     assert Shards(tmp_path / "stopped").hash == Shards(tmp_path / "whole").hash
