@@ -86,9 +86,10 @@ class Pool:
         results: dict[int, Any] = {}
         failures: list[tuple[float, int, str]] = []
         dead = False
-        waiting = dict(zip(self._pipes, range(self.world), strict=True))
+        waiting: dict[Any, int] = dict(zip(self._pipes, range(self.world), strict=True))
         while waiting and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait(list(waiting), timeout=left):
+            ready: list[Any] = wait(list(waiting), timeout=left)
+            for pipe in ready:
                 rank = waiting.pop(pipe)
                 try:
                     failed_at, answer = pickle.loads(pipe.recv_bytes())

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from megatron_vlm.train import parity
 from tests.data import world as data
 from tests.train import world
 
@@ -45,7 +46,7 @@ def reference(folder, pool):
 
 def _close(found, wanted):
     """Norm of the difference per module, relative to the module's gradient; rounding alone (k-biases) has a floor."""
-    found, wanted = world.by_module(world.assemble(found)), world.by_module(world.assemble(wanted))
+    found, wanted = parity.by_module(world.assemble(found)), parity.by_module(world.assemble(wanted))
     assert found.keys() == wanted.keys()
     floor = 1e-6 * max(np.linalg.norm(vector) for vector in wanted.values())
     return {

@@ -1,0 +1,33 @@
+"""The same steps with each sample in a row of its own: to check that packing does not change the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_vlm.data.collate import MicroBatch
+from megatron_vlm.data.loader import Loader
+from megatron_vlm.data.plan import Row, padding_row
+
+
+class UnpackedLoader(Loader):
+    """A Loader whose steps hold the samples of the packed ones, each in a row of its own; hashes are the packed ones'.
+
+    A step's rows are made up with rows of padding to a multiple of `multiple` micro-batches on each rank.
+    """
+
+    multiple = 1
+
+    def _step(
+        self, rows: list[Row], start: tuple[int, int], following: tuple[int, int]
+    ) -> tuple[dict[str, Any], list[MicroBatch]]:
+        facts, _ = super()._step(rows, start, following)
+        single = [Row(row.number, (sample,), row.cost) for row in rows for sample in row.samples]
+        parts = self._share.data_ranks * self._config.train.micro_batch * self.multiple
+        single += [padding_row(rows[-1].number) for _ in range(-len(single) % parts)]
+        packed_rows = self._rows_per_rank
+        self._rows_per_rank = len(single) // self._share.data_ranks
+        try:
+            _, micro_batches = super()._step(single, start, following)
+        finally:
+            self._rows_per_rank = packed_rows
+        return {**facts, "tokens": len(single) * self._config.data.sequence_length}, micro_batches
