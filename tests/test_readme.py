@@ -28,7 +28,7 @@ def test_every_file_has_a_line_in_the_tree_and_every_line_a_file():
     files = [path for folder in ("megatron_vlm", "tools") for path in (ROOT / folder).rglob("*.py")]
     files += (ROOT / "examples").glob("*.sh")
     there = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
-    there = {re.sub(r"(data/bundled/).*", r"\1", path) for path in there}  # one line for the folder
+    there = {re.sub(r"(data/(?:bundled|sets)/).*", r"\1", path) for path in there}  # one line for each folder
     named = tree()
     assert there - named == set(), "files without a line"
     assert {path for path in named - there if not (ROOT / path).exists()} == set(), "lines without a file"
