@@ -211,6 +211,7 @@ def run_config(folder: Path) -> Config:
         "data.tokenizer": folder / "tokenizer.json",
         "data.window": 16,
         "train.global_batch": 2,
+        "train.micro_batch": 1,
     }
     return load.load(
         ROOT / "examples/recipes/tiny/stage1.yaml", [f"{name}={value}" for name, value in settings.items()]
