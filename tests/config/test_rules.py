@@ -140,7 +140,9 @@ def test_every_recipe_names_a_mixture_that_is_there(path):
 
 def test_all_sizes_have_all_stages():
     assert [f"{path.parent.name}/{path.stem}" for path in RECIPE_FILES] == [
-        f"{size}/stage{stage}" for size in ("molmo2_4b", "molmo2_8b", "qwen3_0.6b", "tiny", "tiny_long") for stage in (1, 2, 3)
+        f"{size}/stage{stage}"
+        for size in ("molmo2_4b", "molmo2_8b", "qwen3_0.6b", "tiny", "tiny_long")
+        for stage in (1, 2, 3)
     ]
 
 
