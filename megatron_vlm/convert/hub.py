@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 #: What a conversion reads; in particular no code and no pickles.
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "tokenizer.json",
          "tokenizer_config.json", "generation_config.json")  # fmt: skip
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def local(path: str) -> Path:
@@ -32,8 +33,9 @@ def fetch(repo: str, revision: str = "main") -> Path:
     try:
         if not HF_HUB_OFFLINE:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-            wanted = [file for file in info.siblings or () if any(Path(file.rfilename).match(name) for name in FILES)]
-            size = sum(file.size or 0 for file in wanted if "/" not in file.rfilename)
+            own = [file for file in info.siblings or () if "/" not in file.rfilename]
+            wanted = [file for file in own if any(fnmatch(file.rfilename, name) for name in FILES)]
+            size = sum(file.size or 0 for file in wanted)
             print(f"{repo}: {len(wanted)} files, {size / 1e9:.2f} GB", file=sys.stderr)
         # No folders: some repositories keep copies in other formats there.
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]))
