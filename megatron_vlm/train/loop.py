@@ -164,6 +164,12 @@ def _evaluate(config: Config, stepper: Stepper, share: Share) -> dict[str, float
     """Loss on the first `eval.rows` held-out rows, always the same ones."""
     began = time.perf_counter()
     loader = _held_out(config, share)
+    if loader.sources != stepper.sources:
+        raise ValueError(
+            f"data.mixture={config.data.mixture!r} was changed while the run went on: its data sets were "
+            f"{', '.join(stepper.sources)}, now {', '.join(loader.sources)}. Put it back, and start the run again: it "
+            "goes on from its latest checkpoint."
+        )
     count = max(1, config.eval.rows // config.train.global_batch)
     outcome = stepper.evaluate(_micro_batches(itertools.islice(iter(loader), count)))
     loader.close()
