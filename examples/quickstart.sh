@@ -2,7 +2,8 @@
 # bash examples/quickstart.sh [--dry-run]
 #
 # From nothing to a trained tiny model on this machine: a Python environment (unless one is active), sample data, the three
-# stages, answers about pictures before and after, TP 2 beside one process, and a run that is killed and resumed.
+# stages, answers about pictures before and after, an export, TP 2 beside one process, and a run that is killed and
+# resumed.
 # --dry-run says what would be downloaded and how long all takes, and does nothing.
 #
 # RUNS: where the runs go (default runs, in the current folder). The runs of an earlier quickstart there are gone on with.
@@ -90,6 +91,11 @@ scores() {
     "$PYTHON" "$root/tools/evaluate.py" "$runs/tiny-stage3" --limit 200 --shuffled-limit 100
 }
 
+export_model() {
+    rm -rf "$demo/huggingface"
+    "$PYTHON" "$root/tools/convert_hf.py" export --checkpoint "$runs/tiny-stage3" --out "$demo/huggingface"
+}
+
 # A short run of stage 1 under $demo, as a simple command, so that `&` gives the process itself. On the CPU with one
 # thread, where equal means equal bit for bit.
 short_run=(
@@ -132,6 +138,7 @@ part "stage 2: fine-tuning" stage 2 sft_stage2.sh
 part "stage 3: long rows" stage 3 longcontext_stage3.sh
 part "answers before and after" answers
 part "scores on held-out samples" scores
+part "export to Hugging Face format" export_model
 part "one process and TP 2, side by side" two_layouts
 part "kill and resume" kill_and_resume
 
@@ -141,6 +148,7 @@ cat <<END
 $summary
 Pictures with the places that the model names: $demo/pictures-before, $demo/pictures-after
 Scores: $runs/tiny-stage3/evaluation.md
+The model as transformers loads it: $demo/huggingface
 Runs: $runs/tiny-stage1, -stage2, -stage3; in each config.yaml, metrics.jsonl, tensorboard/ and checkpoints/.
 Curves: tensorboard --logdir $runs
 Next: your own data, in four commands: README.md.

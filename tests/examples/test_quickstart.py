@@ -68,6 +68,7 @@ def test_the_quickstart_trains_answers_scores_and_resumes(tmp_path):
     demo = tmp_path / "runs" / "quickstart"
     assert list((demo / "pictures-before").glob("*.png")) and list((demo / "pictures-after").glob("*.png"))
     assert (tmp_path / "runs" / "tiny-stage3" / "evaluation.md").read_text()
+    assert (demo / "huggingface" / "model.safetensors").stat().st_size > 1e6
     # Two layouts agree within float32, a killed run exactly.
     assert "allowed: 1.0e-05." in done.stdout
     assert "Largest relative difference: 0.0e+00; allowed: 0.0e+00." in done.stdout
