@@ -15,7 +15,7 @@ from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.plan import params
-from megatron_vlm.plan.parts import FLOAT, Load, Settings
+from megatron_vlm.plan.layers import FLOAT, Load, Settings
 
 #: Numbers that a step adds up over data-parallel ranks before it begins: weight sum and train.step's Work, float64.
 MEASURED_BYTES = 7 * 8
@@ -28,7 +28,7 @@ class Collective:
     """`count` equal calls in a step."""
 
     kind: str
-    """all_reduce, all_gather, reduce_scatter, all_to_all or send (a receive is its partner's send)."""
+    """all_reduce, all_gather, reduce_scatter, all_to_all, broadcast or send (a receive is its partner's send)."""
     group: str
     """tensor, context, crops (tensor x context), pipeline, embedding, data, weights (data x context) or world."""
     size: int
@@ -78,7 +78,7 @@ def _chunk(
     row = load.rows * load.length * hidden * e
     part = load.rows * load.part * hidden * e
     if chunk.first:
-        vectors = max(1, arch.connector.queries) * layout.crop_ranks * load.windows * hidden * e
+        vectors = max(1, arch.connector.queries) * layout.crop_ranks * load.most_windows * hidden * e
         if load.crops:
             yield Collective("all_gather", "crops", vectors, times, "image features")
             trains = not {"vision", "connector"} <= frozen
@@ -164,6 +164,7 @@ def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: i
     yield Collective("all_reduce", "weights", report, 1, "losses")
     yield Collective("all_reduce", "pipeline", report, 1, "losses")
     yield Collective("all_reduce", "world", NORM_BYTES, 1, "gradient norms")
+    yield Collective("broadcast", "world", NORM_BYTES + 8, 1, "loss and norms, to agree on them")
     averaged = summed = 0
     for chunk in chunks:
         parameters = params.of_stage(arch, chunk, layout.tensor)

@@ -15,7 +15,8 @@ from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.plan import params, tape
-from megatron_vlm.plan.parts import FLOAT, INDEX, Load, Parts, Settings
+from megatron_vlm.plan.layers import FLOAT, INDEX, Load, Settings
+from megatron_vlm.plan.parts import Parts
 from megatron_vlm.plan.tape import Profile
 
 ELEMENT = {"float32": 4, "bf16": 2}
@@ -125,8 +126,7 @@ def of_stage(config: Config, layout: Layout, stage: int, load: Load, *, cuda: bo
     for each in found:
         for name, size in each.kept.items():
             kept[name] = kept.get(name, 0) + size * flying // len(found)
-    one = sum(each.total for each in found) // len(found)
-    working = max(each.peak for each in found) - one
+    working = max(each.peak - each.total for each in found)
     after = _after_backward(config, layout, chunks, held)
     return Memory(held, kept, flying, max(working, after - sum(kept.values())), _buffers(config, layout, parts, flying))
 
@@ -162,10 +162,14 @@ def _buffers(config: Config, layout: Layout, parts: Parts, flying: int) -> int:
     crop = arch.vision.patches * arch.vision.patch_values
     batch = tokens * per_token + load.crops * crop + load.all_windows * load.slots * INDEX
     angles = load.rows * load.part * arch.language.head_dim * FLOAT
-    masks = min(MASK_NUMBERS * load.length, load.masked // load.rows) * FLOAT * PLANNED_ROWS
     gathered = load.rows * load.part * arch.language.hidden * parts.e if parts.settings.sequence else 0
     received = 2 * parts.part_size if layout.pipeline > 1 else 0
-    return flying * (batch + angles + received) + masks + gathered
+    return flying * (batch + angles + received) + masks(load, PLANNED_ROWS) + gathered
+
+
+def masks(load: Load, rows: int) -> int:
+    """Bytes of the attention masks that the model keeps for `rows` rows, at most."""
+    return rows * min(MASK_NUMBERS * load.length, load.masked // load.rows) * FLOAT
 
 
 def settings(config: Config, layout: Layout, *, cuda: bool) -> Settings:

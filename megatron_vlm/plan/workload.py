@@ -11,8 +11,8 @@ from megatron_vlm.config import geometry, presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.cost import Work
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.parallel.split import even_counts
-from megatron_vlm.plan.parts import Load
+from megatron_vlm.parallel.split import even_counts, offsets
+from megatron_vlm.plan.layers import Load
 
 #: Share of a row's text tokens that carry a loss: answers among questions and prompts.
 LOSS_SHARE = 0.5
@@ -113,24 +113,32 @@ def densest(config: Config) -> geometry.ImageLayout:
     return min(layouts, key=lambda layout: layout.tokens / layout.crops)
 
 
-def load(row: Row, config: Config, layout: Layout) -> Load:
-    """One micro-batch of such rows on the rank with the most crops."""
-    rows, ranks = config.train.micro_batch, layout.crop_ranks
-    own = -(-rows * row.crops // ranks)
-    windows = -(-own * row.windows // max(1, row.crops))
+def load(row: Row, config: Config, layout: Layout, rank: int = 0) -> Load:
+    """One micro-batch of such rows on `rank`; rank 0 has the most crops, tokens and loss tokens."""
+    rows, at = config.train.micro_batch, layout.coordinates(rank).context
+    crops = even_counts(rows * row.crops, layout.crop_ranks)
+    windows = windows_of_ranks(row, rows, crops)
+    place = layout.crop_rank(rank)
     return Load(
         rows=rows,
         length=row.tokens,
-        part=max(even_counts(row.tokens, layout.context)),
-        crops=own,
-        windows=windows,
+        part=even_counts(row.tokens, layout.context)[at],
+        crops=crops[place],
+        windows=windows[place],
+        most_windows=max(windows),
         slots=row.slots,
         all_windows=rows * row.windows,
-        loss_tokens=-(-rows * row.loss_tokens // layout.context),
+        loss_tokens=rows * even_counts(row.loss_tokens, layout.context)[at],
         longest=row.longest,
         pairs=rows * row.pairs,
         masked=rows * row.masked,
     )
+
+
+def windows_of_ranks(row: Row, rows: int, crops: tuple[int, ...]) -> list[int]:
+    """Windows that each rank pools: those of its crops, which share the windows evenly."""
+    each = even_counts(rows * row.windows, max(1, sum(crops)))
+    return [sum(each[start : start + count]) for start, count in zip(offsets(crops), crops, strict=False)]
 
 
 def work(row: Row, rows: int) -> Work:

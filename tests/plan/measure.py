@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megatron_vlm.batch import Batch
 from megatron_vlm.config import presets
@@ -16,44 +12,9 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.split import even_counts, offsets
 from megatron_vlm.plan import memory, params
-from megatron_vlm.plan.parts import Load, Parts
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, until each is freed.
-
-    Allocations inside an operator are its own business and not seen, as in the plan.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
-        return out
-
-    def known(self, tensor: torch.Tensor) -> None:
-        """A tensor made before: not counted."""
-        self._seen[tensor.untyped_storage()._cdata] = 0
-        weakref.finalize(tensor.untyped_storage(), self._seen.pop, tensor.untyped_storage()._cdata, None)
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self._seen[key] = size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.live -= self._seen.pop(key, 0)
+from megatron_vlm.plan.layers import Load
+from megatron_vlm.plan.parts import Parts
+from megatron_vlm.train.pretend import Meter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +67,10 @@ def load_of(batch: Batch, layout: Layout, rank: int) -> Load:
     most = max(batch.crop_counts)
     longest = max(int((row == example).sum()) for row in batch.examples for example in row.unique() if example >= 0)
     windows, slots = batch.windows.shape
+    pooled = -(-windows * most // max(1, sum(batch.crop_counts)))
     return Load(
         rows, length, parts[at.context], batch.crop_counts[layout.crop_rank(rank)],
-        -(-windows * most // max(1, sum(batch.crop_counts))), slots, windows, int((weights != 0).sum()), longest, 0,
+        pooled, pooled, slots, windows, int((weights != 0).sum()), longest, 0,
     )  # fmt: skip
 
 

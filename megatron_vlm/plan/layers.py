@@ -1,0 +1,203 @@
+"""Layers as operators on a tape: what each allocates, keeps and computes. Follows model/ operator by operator.
+
+Sizes are bytes. Letters: n rows of a matrix (tokens or patches of all rows of the micro-batch), h hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.plan.tape import Tape, Tensor
+
+FLOAT = 4
+INDEX = 8
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one micro-batch asks of one rank.
+
+    rows: rows of the micro-batch. length: tokens in a row. part: tokens of a row that this context rank holds.
+    crops: crops that this rank encodes. windows and slots: windows that it pools, patches in a window.
+    most_windows: windows of the rank that pools most.
+    all_windows: windows of the whole micro-batch. loss_tokens: tokens with a loss in this rank's part, all rows.
+    longest: tokens of the longest example. pairs: query-key pairs that the mask allows, all rows.
+    masked: numbers in the masks of the blocks that need one, all rows.
+    """
+
+    rows: int
+    length: int
+    part: int
+    crops: int
+    windows: int
+    most_windows: int
+    slots: int
+    all_windows: int
+    loss_tokens: int
+    longest: int
+    pairs: int
+    masked: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What else decides about memory. element: bytes of a number in the model's precision."""
+
+    element: int
+    tensor: int
+    sequence: bool
+    context: int
+    dropout: bool
+    selective: bool
+    cuda: bool
+    logit_chunk: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the parts of a model are made of, for one rank."""
+
+    arch: Architecture
+    settings: Settings
+    load: Load
+    frozen: frozenset[str]
+
+    @property
+    def e(self) -> int:
+        """Bytes of a number."""
+        return self.settings.element
+
+    def rms_norm(self, tape: Tape, x: Tensor, rows: int, width: int, trains: bool) -> Tensor:
+        """RMSNorm as model/norm.py computes it: statistics in float32, without a fused kernel."""
+        wide = rows * width * FLOAT
+        x32 = x if self.e == FLOAT else tape.op(wide, x)
+        square = tape.op(wide, x32, keeps=(x32,), backward=2 * wide)
+        mean = tape.op(rows * FLOAT, square)
+        mean = tape.op(rows * FLOAT, mean, passes=True)
+        rsqrt = tape.op(rows * FLOAT, mean)
+        scaled = tape.op(wide, x32, rsqrt, keeps=(x32, rsqrt), backward=wide)
+        if self.e != FLOAT:
+            scaled = tape.op(rows * width * self.e, scaled)
+        keeps = (scaled,) if trains else ()
+        return tape.op(
+            rows * width * self.e, scaled, keeps=keeps, trains=trains, backward=trains * rows * width * self.e
+        )
+
+    def layer_norm(self, tape: Tape, x: Tensor, rows: int, width: int, trains: bool) -> Tensor:
+        """torch's LayerNorm."""
+        statistics = 2 * rows * (FLOAT if self.settings.cuda else self.e)
+        return tape.op(rows * width * self.e, x, keeps=(x,), extra=statistics, trains=trains)
+
+    def linear(
+        self,
+        tape: Tape,
+        x: Tensor,
+        rows: int,
+        inside: int,
+        outside: int,
+        trains: bool,
+        *,
+        bias: bool = False,
+        sharded_input: bool = False,
+        copies: int = 0,
+    ) -> Tensor:
+        """A linear layer of (outside, inside) weights on this rank. sharded_input: with sequence parallelism, gathered
+        into a shared buffer. copies: bytes of the output's gradient made contiguous in backward."""
+        out = rows * outside * self.e
+        keeps = (x,) if trains else ()
+        gathered = rows * inside * self.e if sharded_input else 0
+        weight = inside * outside * self.e if trains else 0
+        flops = 2 * rows * inside * outside
+        return tape.op(out, x, keeps=keeps, trains=trains, forward=out * bias, backward=gathered + copies,
+                       weight=weight, flops=flops, backward_flops=flops * (x.grad + trains))  # fmt: skip
+
+    def add(self, tape: Tape, size: int, x: Tensor, residual: Tensor) -> Tensor:
+        return tape.op(size, x, residual, passes=True)
+
+    def swiglu(self, tape: Tape, x: Tensor, size: int) -> Tensor:
+        """silu(gate) x (up + 0) of the two halves of x; size: bytes of a half."""
+        gate, up = self.halves(tape, x, size, size)
+        activated = tape.op(size, gate, keeps=(gate,))
+        shifted = tape.op(size, up, passes=True)
+        return tape.op(size, activated, shifted, keeps=(activated, shifted))
+
+    def halves(self, tape: Tape, x: Tensor, *sizes: int) -> list[Tensor]:
+        """Views of x side by side; backward joins their gradients in a new tensor."""
+        whole = tape.view(x, passes=False)
+        return [tape.view(whole, size, passes=True) for size in sizes]
+
+    def gelu(self, tape: Tape, x: Tensor, size: int, kind: str) -> Tensor:
+        if kind == "quick_gelu":
+            scaled = tape.op(size, x)
+            sigmoid = tape.op(size, scaled)
+            return tape.op(size, x, sigmoid, keeps=(x, sigmoid))
+        return tape.op(size, x, keeps=(x,))
+
+    def encoder_layer(
+        self,
+        tape: Tape,
+        x: Tensor,
+        rows: int,
+        width: int,
+        mlp: int,
+        heads: int,
+        activation: str,
+        trains: bool,
+        transposed: bool,
+        length: int,
+        context: tuple[Tensor, int, int] | None = None,
+    ) -> Tensor:
+        """A pre-norm layer with biases.
+
+        length: rows that see each other. transposed: gradients have to be made contiguous. context: what
+        cross-attention reads, its rows, and its sequence length.
+        """
+        size = rows * width * self.e
+        copies = size if transposed else 0
+        normed = self.layer_norm(tape, x, rows, width, trains)
+        qkv = self.linear(tape, normed, rows, width, 3 * width, trains, bias=True)
+        query, key, value = self.halves(tape, qkv, size, size, size)
+        attended = self.full_attention(tape, query, key, value, size, (rows * heads, rows * length * width))
+        out = self.linear(tape, attended, rows, width, width, trains, copies=copies)
+        out = tape.op(size, out, passes=True)  # bias
+        x = self.add(tape, size, out, x)
+        if context is not None:
+            patches, patch_rows, slots = context
+            normed = self.layer_norm(tape, x, rows, width, trains)
+            key_value = self.linear(tape, patches, patch_rows, width, 2 * width, trains, bias=True)
+            key, value = self.halves(tape, key_value, *[patch_rows * width * self.e] * 2)
+            query = self.linear(tape, normed, rows, width, width, trains, bias=True)
+            # The mask as numbers to add, spread over heads by the kernel.
+            pairs = length * patch_rows * width
+            attended = self.full_attention(tape, query, key, value, size, (rows * heads, pairs), patch_rows * self.e)
+            out = self.linear(tape, attended, rows, width, width, trains, copies=copies)
+            out = tape.op(size, out, passes=True)
+            x = self.add(tape, size, out, x)
+        normed = self.layer_norm(tape, x, rows, width, trains)
+        inner = rows * mlp * self.e
+        hidden = self.linear(tape, normed, rows, width, mlp, trains)
+        hidden = tape.op(inner, hidden, passes=True)  # bias
+        hidden = self.gelu(tape, hidden, inner, activation)
+        out = self.linear(tape, hidden, rows, mlp, width, trains, copies=copies)
+        out = tape.op(size, out, passes=True)
+        return self.add(tape, size, out, x)
+
+    def full_attention(
+        self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, size: int, work: tuple[int, int], mask: int = 0
+    ) -> Tensor:
+        """Fused attention: keeps its inputs, its output and one float32 a query and head.
+
+        work: queries x heads, and query-key pairs x width.
+        """
+        if self.settings.selective and not mask:
+            return tape.checkpoint(self._full, query, key, value, size=size, argument=work)
+        return self._full(tape, query, key, value, size, work, mask)
+
+    def _full(
+        self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, size: int, work: tuple[int, int], mask: int = 0
+    ) -> Tensor:
+        queries, pairs = work
+        out = tape.op(size, query, key, value, keeps=(query, key, value), extra=queries * FLOAT + mask,
+                      flops=4 * pairs, backward_flops=8 * pairs * query.grad)  # fmt: skip
+        return tape.keep(out)
