@@ -42,7 +42,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"share of text tokens with a loss (default {workload.LOSS_SHARE})",
     )  # fmt: skip
     parser.add_argument(
-        "--reach", type=float, nargs=4, metavar=("MATMUL", "ATTENTION", "MEMORY", "LINK"),
+        "--reach", type=float, nargs=3, metavar=("MATMUL", "MEMORY", "LINK"),
         help="shares of the data sheet's figures that are reached, "
         f"default {' '.join(str(share) for share in dataclasses.astuple(hardware.Reach()))}",
     )  # fmt: skip

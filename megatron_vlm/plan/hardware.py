@@ -75,10 +75,8 @@ FRAGMENTATION = 0.05
 class Reach:
     """Shares of the peaks that are reached. Assumptions, to be replaced by measurements (`--reach`)."""
 
-    matmul: float = 0.70
-    """Of the arithmetic, in matrix products."""
-    attention: float = 0.45
-    """Of the arithmetic, in attention."""
+    matmul: float = 0.65
+    """Of the arithmetic, in matrix products, attention included."""
     memory: float = 0.75
     """Of the memory's bandwidth."""
     link: float = 0.75

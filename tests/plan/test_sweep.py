@@ -89,3 +89,20 @@ def test_report(recipe):
     report.page(found, console)
     text = console.export_text()
     assert f"{found.peak / hardware.GIB:.2f}" in text and f"MFU {found.time.mfu:.1%}" in text
+
+
+#: Cluster that each recipe names in its comments.
+CLUSTERS = [
+    *((f"molmo2_4b/stage{n}.yaml", "h100", 2, 8) for n in (1, 2, 3)),
+    *((f"molmo2_8b/stage{n}.yaml", "h100", 2, 8) for n in (1, 2, 3)),
+    *((f"qwen3_0.6b/stage{n}.yaml", "a100-40", 1, 4) for n in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("recipe, gpu, nodes, per_node", CLUSTERS)
+@pytest.mark.parametrize("video", [False, True])
+def test_recipes_fit_where_they_say(recipe, gpu, nodes, per_node, video):
+    config = load.load(ROOT / "examples" / "recipes" / recipe)
+    cluster = hardware.Cluster(hardware.find(gpu), nodes, per_node)
+    found = sweep.plan(config, cluster, workload.assume(config, video=video))
+    assert found.fits, f"{found.peak / hardware.GIB:.1f} of {cluster.usable / hardware.GIB:.1f} GiB"
