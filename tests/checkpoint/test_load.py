@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.config.presets import TINY_LANGUAGE
 from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import toy
@@ -215,5 +216,5 @@ def test_record_needs_no_process_group(trained):
     assert record.path == trained[0] / "iter_0000006" == load.latest(trained[0])
     assert (record.step, record.state) == (6, STATE)
     assert record.config["model"]["preset"] == "tiny"
-    assert record.architecture["language"]["hidden"] == 128
+    assert record.architecture["language"]["hidden"] == TINY_LANGUAGE.hidden
     assert dataclasses.is_dataclass(record)

@@ -85,7 +85,9 @@ def test_windows_point_at_the_crops_of_their_image(rows, collator, planner):
     for row in micro.rows:
         for sample in row.samples:
             for media, layout in zip(sample.media, sample.content.layouts, strict=True):
-                alone = cut(decode(planner.shards.media(media), name=media), layout, GEOMETRY).reshape(-1, 588)
+                alone = cut(decode(planner.shards.media(media), name=media), layout, GEOMETRY).reshape(
+                    -1, ARCH.vision.patch_values
+                )
                 table = windows(layout, GEOMETRY)
                 found = batch.windows[first : first + len(table)].numpy()
                 assert np.array_equal(found == PAD, table == PAD)
@@ -112,13 +114,20 @@ def test_later_stages_read_no_pixel(rows, planner):
             raise AssertionError("a pixel was read")
 
     batch = Collator(NoMedia(), GEOMETRY, LENGTH)(MicroBatch(tuple(rows[:2]), 0, 1, False))
-    assert batch.crops.shape == (0, 64, 588) and sum(batch.crop_counts) == rows[0].crops + rows[1].crops
+    assert (
+        batch.crops.shape == (0, ARCH.vision.patches, ARCH.vision.patch_values)
+        and sum(batch.crop_counts) == rows[0].crops + rows[1].crops
+    )
     assert len(batch.windows)
 
 
 def test_rows_without_images(collator):
     batch = collator(MicroBatch((padding_row(0),), 1, 2, True))
-    assert batch.crops.shape == (0, 64, 588) and batch.crop_counts == (0, 0) and batch.windows.shape[0] == 0
+    assert (
+        batch.crops.shape == (0, ARCH.vision.patches, ARCH.vision.patch_values)
+        and batch.crop_counts == (0, 0)
+        and batch.windows.shape[0] == 0
+    )
 
 
 def test_rows_keep_their_budgets_and_hold_every_draw(planner, rows):
