@@ -163,6 +163,7 @@ def _wait_for_lines(process, log, lines):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_run_told_to_end_saves_asks_for_a_requeue_and_keeps_others_out_until_then(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     overrides = ("train.steps=1000", "checkpoint.every=0", "data.workers=1", "eval.every=0")

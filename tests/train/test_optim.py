@@ -137,6 +137,7 @@ def _run(settings):
     loop.train(settings, layout)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_on_one_layout_goes_on_on_another(tmp_path, pool):
     import json
 

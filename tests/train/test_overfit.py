@@ -13,6 +13,7 @@ from tests.data import world as data
 QUESTION = "what is it ?"
 
 
+@pytest.mark.slow
 def test_ten_samples_are_learnt_by_heart_and_generated_again(tmp_path, one_rank):
     from megatron_vlm.data.shards import Shards
     from megatron_vlm.evaluate import run, tasks
