@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pytest
 
 from megatron_vlm.config.schema import ComponentOptimConfig, LogConfig, ModelConfig, OptimConfig, RunConfig
 from megatron_vlm.data.example import Branch, Example, Turn
