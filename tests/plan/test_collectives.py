@@ -11,6 +11,9 @@ from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.plan import memory, workload
 from tests.test_imports import ROOT
 
+# Rehearsals take half a minute together: the full run only.
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [
     ("data", 4, []),
     ("tensor", 4, ["parallel.tensor=2"]),

@@ -11,6 +11,9 @@ import pytest
 
 from tests.test_imports import ROOT
 
+# Rehearsals take half a minute together: the full run only.
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: str, timeout_s: int = 280) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
