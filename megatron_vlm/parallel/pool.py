@@ -24,6 +24,10 @@ from typing import Any
 
 #: After one rank has failed, the others may finish or fail by themselves for so long; then the pool is killed.
 GRACE_S = 2.0
+#: gloo now and then fails to connect the ranks, also on one machine, and then waits for its whole time-out. So groups
+#: get a short time to form, and a call whose groups did not form is made again.
+CONNECT_S = 15.0
+TRIES = 3
 
 
 class Pool:
@@ -43,6 +47,15 @@ class Pool:
         first rank that fails, TimeoutError when not all ranks answer within `timeout_s`; then the processes are killed
         and the next call starts new ones.
         """
+        for _ in range(TRIES - 1):
+            try:
+                return self._run(function, args, timeout_s)
+            except ConnectionError as error:
+                print(f"{error}\nTrying again.", file=sys.stderr)
+        return self._run(function, args, timeout_s)
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], timeout_s: float) -> list[Any]:
+        """One try. Raises ConnectionError where the ranks did not find each other."""
         self._start()
         folder = tempfile.mkdtemp(prefix="pool-")
         task = pickle.dumps((os.path.join(folder, "store"), timeout_s, function, args))
@@ -106,7 +119,9 @@ class Pool:
         if silent or dead:
             self.close()
         if failures:
-            _, rank, text = min(failures)
+            failed_at, rank, text = min(failures)
+            if failed_at < 0:
+                raise ConnectionError(f"rank {rank} of {self.world} found no other rank:\n{text}")
             others = f" (ranks {silent} did not answer any more)" if silent else ""
             raise RuntimeError(f"rank {rank} of {self.world} failed{others}:\n{text}")
         if silent:
@@ -132,7 +147,7 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
 
 
 def _call(rank: int, world: int, task: bytes) -> tuple[float, Any]:
-    """(time of failure or 0, result or traceback)."""
+    """(time of failure, 0 for none or -1 where no group formed; result or traceback)."""
     import torch.distributed as dist
 
     from megatron_vlm.parallel import groups
@@ -142,7 +157,12 @@ def _call(rank: int, world: int, task: bytes) -> tuple[float, Any]:
     faulthandler.dump_traceback_later(max(timeout_s - 2.0, 1.0), exit=False)
     try:
         shared = dist.FileStore(store, world)
-        dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=timeout)
+        try:
+            connect = timedelta(seconds=min(timeout_s, CONNECT_S))
+            dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=connect)
+            dist.distributed_c10d._set_pg_timeout(timeout)
+        except Exception:
+            return -1.0, traceback.format_exc()
         return 0.0, function(*args)
     except BaseException:
         # The time is taken before the groups go: other ranks fail because of that, and later.

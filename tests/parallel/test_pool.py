@@ -55,3 +55,19 @@ def test_dead_and_hanging_processes_end_the_call(pool):
         one.run(hang, timeout_s=0.5)
     assert one.run(total, 1) == [(0, 1)]
     one.close()
+
+
+def test_a_call_whose_groups_did_not_form_is_made_again(monkeypatch, capsys):
+    one = Pool(1)
+    collect, tries = one._collect, []
+
+    def unconnected_once(timeout_s: float):
+        tries.append(collect(timeout_s))
+        if len(tries) == 1:
+            raise ConnectionError("rank 0 of 1 found no other rank")
+        return tries[-1]
+
+    monkeypatch.setattr(one, "_collect", unconnected_once)
+    assert one.run(total, 1) == [(0, 1)] and len(tries) == 2
+    assert "found no other rank\nTrying again." in capsys.readouterr().err
+    one.close()
