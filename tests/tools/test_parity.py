@@ -36,6 +36,7 @@ optim: {{vision: {{lr: 1.0e-3}}, connector: {{lr: 1.0e-3}}, language: {{lr: 1.0e
     return str(path)
 
 
+@pytest.mark.slow
 def test_layouts_and_a_resumed_run_agree_with_one_process(recipe, tmp_path, capsys):
     found = tmp_path / "found.json"
     asked = ["--layouts", "tp2_sp", "unpacked", "--resume", "tp2_sp:1:one", "--steps", "2", "--json", str(found)]
@@ -75,6 +76,7 @@ def tampered(config, plan):
     return observe.run(config, plan)
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_named_and_a_failure_does_not_end_the_others(recipe, monkeypatch, capsys):
     monkeypatch.setattr(trial, "run", tampered)
     assert parity.main([recipe, "--layouts", "tp2", "cp2", "packed", "--steps", "1"]) == 1
