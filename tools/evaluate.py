@@ -44,14 +44,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     asked = arguments(argv)
-    try:
-        _evaluate(asked)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        process.leave()
-    return 0
+    return process.tool(lambda: _evaluate(asked))
 
 
 def _evaluate(asked: argparse.Namespace) -> None:

@@ -46,14 +46,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     asked = arguments(argv)
-    try:
-        _answer(asked)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        process.leave()
-    return 0
+    return process.tool(lambda: _answer(asked))
 
 
 def _answer(asked: argparse.Namespace) -> None:

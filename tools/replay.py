@@ -38,18 +38,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--checkpoint", type=Path, help="weights to start from (default: the run's, before the step)")
     parser.add_argument("--advance", action="store_true", help="first train the steps from the checkpoint to this one")
     asked = parser.parse_args(argv)
-    try:
-        kept = dump.read(asked.dump)
-        path = asked.checkpoint or _before(asked.dump.parent.parent / "checkpoints", kept.facts["step"])
-        config = _alone(load.from_dict(kept.facts["config"], f"in {asked.dump}"))
-        process.start(config.run)
-        print(_replay(kept, config, path, asked.advance))
-        return 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        process.leave()
+    return process.tool(lambda: _answer(asked.dump, asked.checkpoint, asked.advance))
+
+
+def _answer(path: Path, weights: Path | None, advance: bool) -> None:
+    kept = dump.read(path)
+    checkpoint = weights or _before(path.parent.parent / "checkpoints", kept.facts["step"])
+    config = _alone(load.from_dict(kept.facts["config"], f"in {path}"))
+    process.start(config.run)
+    print(_replay(kept, config, checkpoint, advance))
 
 
 def _before(folder: Path, step: int) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -63,6 +65,18 @@ def speaks(error: str) -> bool:
         return store.get("error").decode() != error
     except (RuntimeError, ValueError):
         return True
+
+
+def tool(body: Callable[[], None]) -> int:
+    """Run the body of a tool of one process, and leave; its exit code. A ValueError is one paragraph on stderr."""
+    try:
+        body()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        leave()
+    return 0
 
 
 def leave() -> None:

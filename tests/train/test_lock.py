@@ -46,7 +46,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 def test_a_process_of_the_same_number_is_another_one(tmp_path):
     _locked_by(tmp_path / "run", host=socket.gethostname(), pid=os.getpid(), started=1.0)
     with Lock(tmp_path / "run"):
-        pass
+        assert json.loads((tmp_path / "run" / "lock").read_text())["started"] > 1.0
 
 
 @pytest.mark.parametrize("text", ['{"host": "elsewhere", "pid": 7}', "", "[1]"], ids=["other host", "empty", "no dict"])
