@@ -86,7 +86,14 @@ def test_resume_on_the_same_layout_is_exact(pool, trained, tmp_path):
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(1), Layout(2), Layout(2, pipeline=2), Layout(2, context=2), Layout(4, tensor=2)],
+    [
+        Layout(1),
+        Layout(2),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (Layout(2, pipeline=2), Layout(2, context=2), Layout(4, tensor=2))
+        ),
+    ],
     ids=lambda layout: f"tp{layout.tensor}cp{layout.context}pp{layout.pipeline}dp{layout.data}",
 )
 def test_resume_on_another_layout(pool, trained, tmp_path, layout):

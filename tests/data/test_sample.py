@@ -191,6 +191,7 @@ def test_scenes_are_the_same_in_every_process() -> None:
     assert runs[0] == runs[1] and "Placed" in runs[0]
 
 
+@pytest.mark.slow
 def test_two_processes_build_once_and_agree(packages: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as workers:
@@ -315,6 +316,7 @@ def _stamp(stem: Path, image: Image.Image, caption: str) -> None:
     stem.with_suffix(".txt").write_text(caption)
 
 
+@pytest.mark.slow
 def test_cut_outs_take_the_place_of_drawn_objects(packages: Path, cutouts: Path, tmp_path: Path) -> None:
     usable = stamps.load(cutouts)
     assert {stamp.noun for stamp in usable} == {f"beast {chr(97 + number)}" for number in range(24)}

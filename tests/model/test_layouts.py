@@ -45,7 +45,10 @@ CASES = {
 
 
 #: What the others cover between them.
-SLOW = ("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "dp2_frozen_vision", "cp2", "pp2_tied_frozen")
+SLOW = (
+    *("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_sp_frozen_vision", "tp2_cp2_sp_quiet", "tp4_sp"),
+    *("dp2_frozen_vision", "cp2", "pp2_tied_frozen"),
+)
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])

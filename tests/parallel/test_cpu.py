@@ -57,6 +57,7 @@ def test_second_call_changes_nothing():
     assert (torch.cuda.current_device, cpu._active) == before and cpu.enabled()
 
 
+@pytest.mark.slow
 def test_cuda_runs_are_left_alone_and_the_compiler_is_not_imported():
     code = (
         "import sys, torch; from megatron_vlm.parallel import cpu; before = torch.cuda.current_device, torch.compile;"

@@ -98,6 +98,7 @@ def test_one_process(one_rank, name):
     agree(measure.allocations(config, Layout(1), batch), measure.planned(config, Layout(1), load))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "all"])  # patches travel: real processes only
 def test_layouts(name):
     """Each rank alone: the others' answers are not needed to see what is allocated."""
@@ -122,6 +123,7 @@ def in_pool(layout: Layout, parallel: dict, options: dict) -> tuple[measure.Meas
     return measure.allocations(config, layout, batch), measure.planned(config, layout, load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sequence", "context", "all"])
 def test_layouts_with_their_neighbours(pool, name):
     """The same with real processes."""

@@ -122,6 +122,7 @@ def test_skip_leaves_a_poisoned_step_out_on_all_ranks(settings, tmp_path, pool):
     assert event["dump"] == "step-0000003.json" and event["kind"] == "not_finite"
 
 
+@pytest.mark.slow
 def test_rollback_goes_to_the_checkpoint_and_passes_the_rows_over(settings, tmp_path, pool):
     pool(1).run(_poisoned, settings("rollback"), {4}, timeout_s=120)
     metrics, ledger = (_lines(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "ledger"))

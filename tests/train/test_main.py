@@ -121,6 +121,7 @@ def test_a_run_directory_in_use_is_not_overwritten(recipe, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_the_next_stage_starts_from_the_weights_of_the_last(recipe, tmp_path, capsys):
     assert command.main([str(recipe)]) == 0
     last = _metrics(tmp_path / "run")[-1]
