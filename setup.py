@@ -48,6 +48,7 @@ setup(
             "transformers>=5.20,<6",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",  # two files of tests at a time
             "hypothesis>=6.100",
             "ruff>=0.9",
             "mypy>=1.15",

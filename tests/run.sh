@@ -9,7 +9,8 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 prepare_environment "$root" tests || exit 1
 cd "$root" || exit 1
 
-selection=(-m "not slow")
+# Two files of tests at a time; the slow tests start several processes each and run alone.
+selection=(-m "not slow" -n 2 --dist loadfile)
 if [ "${1:-}" = full ]; then
     selection=()
     shift
