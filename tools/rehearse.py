@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 def _settings(asked: argparse.Namespace) -> tuple[Config, Layout]:
     config = load.load(asked.recipe, asked.overrides)
     rules.check(config, asked.world)
-    layout = Layout.of(config.parallel, asked.world)
+    layout = Layout.of(config, asked.world)
     layout.coordinates(asked.rank)  # ValueError where there is no such rank
     if asked.micro_batches is not None:
         batch = asked.micro_batches * layout.data * config.train.micro_batch

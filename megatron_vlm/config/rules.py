@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_vlm.config import duration, geometry, presets
 from megatron_vlm.config.architecture import COMPONENTS, Architecture
+from megatron_vlm.config.context import head_ranks
 from megatron_vlm.config.keys import keys
 from megatron_vlm.config.schema import Config
 
@@ -21,6 +22,7 @@ Rule = Callable[[Config, Architecture, int], Iterator[str]]
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda"),
     "run.resume": ("auto", "never", "must"),
+    "parallel.context_method": ("auto", "ulysses", "gather"),
     "parallel.vision": ("data",),
     "data.prompts": ("style_and_length", "style"),
     "data.loss_weighting": ("uniform", "root_subsegments", "root_tokens"),
@@ -138,17 +140,14 @@ def _divisors(number: int) -> str:
 
 def _context(config: Config, arch: Architecture, world: int) -> Iterator[str]:
     p, language = config.parallel, arch.language
-    heads = language.heads // p.tensor
-    if p.context > 1 and heads % p.context:
+    heads, kv_heads = language.heads // p.tensor, max(1, language.kv_heads // p.tensor)
+    most = head_ranks(p, language)
+    if p.context_method == "ulysses" and most != p.context:
         yield (
-            f"parallel.context={p.context} does not divide the {heads} query heads of a rank ({language.heads} heads / "
-            f"parallel.tensor={p.tensor}); attention exchanges the sequence for heads, so it must."
-        )
-    kv_heads = max(1, language.kv_heads // p.tensor)
-    if p.context > 1 and kv_heads % p.context and p.context % kv_heads:
-        yield (
-            f"parallel.context={p.context} neither divides nor is a multiple of the {kv_heads} key and value heads "
-            f"of a rank ({language.kv_heads} heads / parallel.tensor={p.tensor})."
+            f"parallel.context_method=ulysses cannot deal the {heads} query heads and {kv_heads} key and value heads "
+            f"of a rank ({language.heads} and {language.kv_heads} / parallel.tensor={p.tensor}) to parallel.context="
+            f"{p.context} ranks, only to {most} of them. Set parallel.context={most}, or parallel.context_method=auto, "
+            "which gathers keys and values among the rest."
         )
 
 

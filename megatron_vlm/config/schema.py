@@ -70,6 +70,10 @@ class ParallelConfig:
     """Decoder layers of each stage (of each chunk, stage by stage within chunk, if interleaved). Empty = even."""
     context: int = 1
     """Ranks that share one row, each holding a contiguous part of it."""
+    context_method: str = "auto"
+    """How attention sees the whole row. ulysses: ranks exchange tokens for heads, which must go round; gather: ranks
+    gather the keys and values of the row; auto: heads among as many ranks as they go round for, gather among the
+    rest."""
     vision: str = "data"
     """data: each rank of a replica encodes its share of the crops with the whole tower."""
 

@@ -1,4 +1,4 @@
-"""Attention over packed rows: Megatron's `core_attention` slot with the mask rule of mask.py and Ulysses inside.
+"""Attention over packed rows: Megatron's `core_attention` slot with the mask rule of mask.py and context parallelism.
 
 Works example by example through the blocks of plan.py; there is no S x S tensor. Letters: s tokens in a row, t tokens
 in this context rank's chunk, b rows, h query heads and k key-value heads of this tensor-parallel rank, d numbers in a
@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_vlm.model.plan import Plan, Plans
-from megatron_vlm.parallel import context
+from megatron_vlm.parallel.context import Exchange
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -38,7 +38,7 @@ class PackedAttention(nn.Module):
         super().__init__()
         assert pg_collection is not None, "the spec builds attention with process groups"
         self.scale = softmax_scale
-        self.context_group = pg_collection.cp
+        self.exchange = Exchange(*pg_collection.hcp)
 
     def forward(
         self,
@@ -50,22 +50,22 @@ class PackedAttention(nn.Module):
     ) -> torch.Tensor:
         """Query (t, b, h, d), key and value (t, b, k, d), marks (5, b, s) -> (t, b, h x d); padding gives zeros.
 
-        In and out: each context rank holds its chunk of the row. Moves: four all-to-all, none with one context rank.
+        In and out: each context rank holds its chunk of the row. Moves: what parallel.context.Exchange does.
         """
-        tokens, group = attention_mask.shape[2], self.context_group
-        if group.size() > 1:
-            heads = query.shape[2]
-            key, value = (context.repeat_heads(x, heads, group) for x in (key, value))
-            query, key, value = (context.heads_to_ranks(x, tokens, group) for x in (query, key, value))
-        plans = [_plans.of(attention_mask[:, row]) for row in range(attention_mask.shape[1])]
+        tokens = attention_mask.shape[2]
+        query, key, value = self.exchange.before(query, key, value, tokens)
+        queries = self.exchange.queries(tokens)
+        plans = [_plans.of(attention_mask[:, row], *queries) for row in range(attention_mask.shape[1])]
         out = attend(query, key, value, plans, self.scale)
-        return context.tokens_to_ranks(out, group).flatten(2)
+        return self.exchange.after(out, tokens).flatten(2)
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plans: list[Plan], scale: float | None = None
 ) -> torch.Tensor:
-    """Query (s, b, h, d), key and value (s, b, k, d), a plan for each of the b rows -> (s, b, h, d).
+    """Query (q, b, h, d), key and value (s, b, k, d), a plan for each of the b rows -> (q, b, h, d).
+
+    q: the plans' queries, all of the row or a part of it.
 
     `scale` multiplies the scores; None = 1 / sqrt(d).
     """

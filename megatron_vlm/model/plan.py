@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ UNSEEN = -1e30
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [start, end) against keys [keys, keys_end) of a row."""
+    """Queries [start, end) of the plan's against keys [keys, keys_end) of the row."""
 
     start: int
     end: int
@@ -42,11 +43,15 @@ class Block:
 
 
 class Plan:
-    """The blocks of one row. Tokens outside every block are padding."""
+    """The blocks of the queries at [first, last) of one row. Queries outside every block are padding."""
 
-    def __init__(self, row: torch.Tensor):
-        """`row`: (5, s) int64, the row's marks. Raises ValueError where an example is not contiguous."""
+    def __init__(self, row: torch.Tensor, first: int = 0, last: int | None = None):
+        """`row`: (5, s) int64, the row's marks; last = None: all from `first` on.
+
+        Raises ValueError where an example is not contiguous.
+        """
         self.row = row
+        self.queries = (first, row.shape[1] if last is None else last)
         self._places = places(row)
         self._budget = KEPT_PER_TOKEN * row.shape[1]
         self.blocks: list[Block] = []
@@ -59,19 +64,25 @@ class Plan:
             return None
         if block.kept is not None:
             return block.kept
-        return _additive(self._sees(block.start, block.end, block.keys, block.keys_end))
+        first = self.queries[0]
+        return _additive(self._sees(block.start + first, block.end + first, block.keys, block.keys_end))
 
     def _cut(self, start: int, end: int) -> None:
-        """Add the blocks of the example at [start, end)."""
+        """Add the blocks of the example at [start, end): of its queries among the plan's."""
+        first, last = max(start, self.queries[0]), min(end, self.queries[1])
+        if first >= last:
+            return
         branch, vision = self.row[Mark.BRANCH, start:end], self.row[Mark.VISION, start:end].bool()
         images = vision.nonzero().flatten()
         # At most the prefix and one branch, and no image block to look ahead in: plain causal.
-        if len(images) <= 1 and bool((branch[1:] <= branch[:-1]).all()):
-            self.blocks.append(Block(start, end, start, end, causal=True, masked=False, kept=None))
+        plain = len(images) <= 1 and bool((branch[1:] <= branch[:-1]).all())
+        # Kernels know causal only where the first query is the first key.
+        if plain and first == start:
+            self._append(start, last, start, last, causal=True, masked=False, kept=None)
             return
         last_image = start + int(images[-1]) + 1 if len(images) else start
-        for at in range(start, end, QUERIES):
-            stop = min(at + QUERIES, end)
+        for at in range(first, last, QUERIES):
+            stop = min(at + QUERIES, last)
             looks_ahead = bool(vision[at - start : stop - start].any())
             self._add(at, stop, start, max(stop, last_image) if looks_ahead else stop)
 
@@ -82,7 +93,12 @@ class Plan:
         if masked and sees.numel() <= self._budget:
             self._budget -= sees.numel()
             kept = _additive(sees)
-        self.blocks.append(Block(at, stop, keys, keys_end, causal=False, masked=masked, kept=kept))
+        self._append(at, stop, keys, keys_end, causal=False, masked=masked, kept=kept)
+
+    def _append(self, start: int, end: int, keys: int, keys_end: int, **how: Any) -> None:
+        """Add a block; all places are those of the row."""
+        first = self.queries[0]
+        self.blocks.append(Block(start - first, end - first, keys, keys_end, **how))
 
     def _sees(self, at: int, stop: int, keys: int, keys_end: int) -> torch.Tensor:
         query = Places(*(x[at:stop, None] for x in self._places))
@@ -100,12 +116,13 @@ class Plans:
         self._rows = rows
         self._kept: OrderedDict[int, Plan] = OrderedDict()
 
-    def of(self, row: torch.Tensor) -> Plan:
-        """The plan of a row from its marks (5, s)."""
+    def of(self, row: torch.Tensor, first: int, last: int) -> Plan:
+        """The plan of the queries at [first, last) of a row from its marks (5, s)."""
         number = int(row[Mark.ROW, 0])
         plan = self._kept.get(number)
-        if plan is None or plan.row.device != row.device or not torch.equal(plan.row, row):
-            plan = self._kept[number] = Plan(row.clone())
+        known = plan is not None and plan.queries == (first, last) and plan.row.device == row.device
+        if plan is None or not known or not torch.equal(plan.row, row):
+            plan = self._kept[number] = Plan(row.clone(), first, last)
         self._kept.move_to_end(number)
         while len(self._kept) > self._rows:
             self._kept.popitem(last=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -13,6 +14,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_vlm.parallel.layout import Layout
 
 _single: dist.ProcessGroup | None = None
+_heads: dist.ProcessGroup | None = None
+_keys: dist.ProcessGroup | None = None
 
 
 def initialize(layout: Layout, *, backend: str = "gloo", seed: int = 0, timeout_s: float = 600.0) -> None:
@@ -22,7 +25,7 @@ def initialize(layout: Layout, *, backend: str = "gloo", seed: int = 0, timeout_
     `timeout_s` bounds every collective of these groups. The default generators get `seed` on all ranks; Megatron's
     tracker adds states of its own per tensor-parallel rank.
     """
-    global _single
+    global _single, _heads, _keys
     if not dist.is_initialized() or dist.get_world_size() != layout.world:
         found = dist.get_world_size() if dist.is_initialized() else "no"
         raise ValueError(
@@ -38,26 +41,42 @@ def initialize(layout: Layout, *, backend: str = "gloo", seed: int = 0, timeout_
         # Gloo twins serve checkpoints of GPU runs; over gloo the groups themselves do.
         create_gloo_process_groups=True,
     )
-    # Every rank takes part in making every group, and keeps its own.
     timeout = timedelta(seconds=timeout_s)
-    for rank in range(layout.world):
-        group = dist.new_group([rank], timeout=timeout, backend=backend)
-        if rank == dist.get_rank():
-            _single = group
+
+    def own(groups: Iterable[Sequence[int]]) -> dist.ProcessGroup:
+        """The one with this rank. Every rank takes part in making every group."""
+        made = [(ranks, dist.new_group(list(ranks), timeout=timeout, backend=backend)) for ranks in groups]
+        return next(group for ranks, group in made if dist.get_rank() in ranks)
+
+    _single = own([rank] for rank in range(layout.world))
+    # Megatron makes such groups too (hierarchical context parallelism), but needs a package for it that we do not.
+    if layout.key_ranks == 1:
+        _heads, _keys = context(), _single
+    elif layout.head_ranks == 1:
+        _heads, _keys = _single, context()
+    else:
+        _heads, _keys = own(layout.context_groups(heads=True)), own(layout.context_groups(heads=False))
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def destroy() -> None:
-    """Drop Megatron's groups and the group of one. torch.distributed itself stays initialised."""
-    global _single
+    """Drop Megatron's groups and our own. torch.distributed itself stays initialised."""
+    global _single, _heads, _keys
     parallel_state.destroy_model_parallel()
-    _single = None
+    _single = _heads = _keys = None
 
 
 def megatron() -> ProcessGroupCollection:
-    """All of Megatron's groups of this rank, for parts that are sharded."""
-    return ProcessGroupCollection.use_mpu_process_groups()
+    """All of Megatron's groups of this rank, for parts that are sharded.
+
+    `hcp` (hierarchical context parallelism) holds two: the context ranks that deal heads among themselves, and those
+    that gather each other's keys.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    assert _heads is not None and _keys is not None, "groups.initialize has not been called"
+    groups.hcp = [_heads, _keys]
+    return groups
 
 
 def replicated() -> ProcessGroupCollection:

@@ -6,9 +6,11 @@ pipeline.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_vlm.config.schema import ParallelConfig
+from megatron_vlm.config import context, presets
+from megatron_vlm.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Layout:
     context: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
+    ulysses: int = 0
+    """Context ranks, neighbours, among which attention deals its heads; 0 = all of them."""
 
     def __post_init__(self) -> None:
         for name in ("world", "tensor", "context", "pipeline", "virtual_pipeline"):
@@ -42,6 +46,11 @@ class Layout:
                 f"context {self.context} x pipeline {self.pipeline}). Start a multiple of {model} processes, or change "
                 "parallel.tensor, parallel.context or parallel.pipeline."
             )
+        if self.context % self.head_ranks:
+            raise ValueError(
+                f"heads dealt among {self.head_ranks} of {self.context} context ranks; needed a divisor of "
+                f"{self.context}."
+            )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
                 f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline > 1, which is 1: there is "
@@ -49,14 +58,26 @@ class Layout:
             )
 
     @classmethod
-    def of(cls, parallel: ParallelConfig, world: int) -> Layout:
-        """The layout that `parallel` gives on `world` processes. Raises ValueError where they do not fit."""
-        return cls(world, parallel.tensor, parallel.context, parallel.pipeline, parallel.virtual_pipeline)
+    def of(cls, config: Config, world: int) -> Layout:
+        """The layout that `config` gives on `world` processes. Raises ValueError where they do not fit."""
+        p = config.parallel
+        heads = context.head_ranks(p, presets.architecture(config.model).language)
+        return cls(world, p.tensor, p.context, p.pipeline, p.virtual_pipeline, heads)
 
     @property
     def data(self) -> int:
         """Data-parallel degree: copies of the model that read different rows."""
         return self.world // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def head_ranks(self) -> int:
+        """Context ranks among which attention deals its heads."""
+        return self.ulysses or self.context
+
+    @property
+    def key_ranks(self) -> int:
+        """Context ranks with the same heads: they gather each other's keys and values."""
+        return self.context // self.head_ranks
 
     @property
     def chunks(self) -> int:
@@ -76,6 +97,16 @@ class Layout:
         """The rank at `coordinates`."""
         at = coordinates
         return at.tensor + self.tensor * (at.context + self.context * (at.data + self.data * at.pipeline))
+
+    def context_groups(self, *, heads: bool) -> Iterator[tuple[int, ...]]:
+        """Ranks of every group that deals heads, or of every group that gathers keys, in the order of their chunks."""
+        inside, across = self.head_ranks, self.key_ranks
+        for rank in range(self.world):
+            at = self.coordinates(rank)
+            first = at.context % inside == 0 if heads else at.context < inside
+            if first:
+                places = range(inside) if heads else range(0, inside * across, inside)
+                yield tuple(rank + self.tensor * place for place in places)
 
     @property
     def crop_ranks(self) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.parallel.split import even_counts
 from megatron_vlm.plan import params
 from megatron_vlm.plan.layers import FLOAT, Load, Settings
 
@@ -30,7 +31,8 @@ class Collective:
     kind: str
     """all_reduce, all_gather, reduce_scatter, all_to_all, broadcast or send (a receive is its partner's send)."""
     group: str
-    """tensor, context, crops (tensor x context), pipeline, embedding, data, weights (data x context) or world."""
+    """tensor, heads and keys (context ranks that deal heads, that gather keys), crops (tensor x context), pipeline,
+    embedding, data, weights (data x context) or world."""
     size: int
     count: int
     what: str
@@ -45,7 +47,8 @@ def group_shape(group: str, layout: Layout) -> tuple[int, int]:
     t, c, d, p = layout.tensor, layout.context, layout.data, layout.pipeline
     return {
         "tensor": (t, 1),
-        "context": (c, t),
+        "heads": (layout.head_ranks, t),
+        "keys": (layout.key_ranks, t * layout.head_ranks),
         "crops": (t * c, 1),
         "data": (d, t * c),
         "weights": (d * c, t),
@@ -117,12 +120,18 @@ def _layers(
         yield Collective("reduce_scatter", "tensor", size, calls, "keys and values of shared heads, backward")
     heads = language.heads // layout.tensor
     kv_heads = max(1, language.kv_heads // layout.tensor)
-    tokens = load.rows * load.length * language.head_dim * e
-    spread = math.lcm(kv_heads, layout.context)
+    head = load.rows * language.head_dim * e
+    line = sum(even_counts(load.length, layout.context)[: layout.head_ranks])
+    spread = math.lcm(kv_heads, layout.head_ranks)
     exchanges = 2 * calls + calls * (recompute != "none")
-    for what, size, each in (("queries and outputs", heads, 2), ("keys and values", spread, 2)):
-        most = max(tokens * size // layout.context, load.rows * load.part * size * language.head_dim * e)
-        yield Collective("all_to_all", "context", most, each * exchanges, what)
+    for what, size in (("queries and outputs", heads), ("keys and values", spread)):
+        most = max(line * size // layout.head_ranks, load.part * size) * head
+        yield Collective("all_to_all", "heads", most, 2 * exchanges, what)
+    # Lines of ranks hold equal numbers of tokens where the row divides by the context ranks, as the rules demand.
+    gathered = layout.key_ranks * line * spread // layout.head_ranks * head
+    again = calls * (recompute != "none")
+    yield Collective("all_gather", "keys", gathered, 2 * (calls + again), "keys and values")
+    yield Collective("reduce_scatter", "keys", gathered, 2 * calls, "keys and values, backward")
 
 
 def _head(config: Config, layout: Layout, settings: Settings, load: Load, times: int) -> Iterator[Collective]:

@@ -23,6 +23,7 @@ class Load:
     most_windows: windows of the rank that pools most.
     all_windows: windows of the whole micro-batch. loss_tokens: tokens with a loss in this rank's part, all rows.
     longest: tokens of the longest example. pairs: query-key pairs that the mask allows, all rows.
+    queries: tokens of a row whose queries this rank works on; pairs and masked are of these, on the average rank.
     masked: numbers in the masks of the blocks that need one, all rows.
     """
 
@@ -37,6 +38,7 @@ class Load:
     loss_tokens: int
     longest: int
     pairs: int
+    queries: int
     masked: int = 0
 
 
@@ -48,6 +50,8 @@ class Settings:
     tensor: int
     sequence: bool
     context: int
+    head_ranks: int
+    """Context ranks among which attention deals its heads; the others of them gather keys and values."""
     dropout: bool
     selective: bool
     cuda: bool

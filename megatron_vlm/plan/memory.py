@@ -179,6 +179,7 @@ def settings(config: Config, layout: Layout, *, cuda: bool) -> Settings:
         tensor=layout.tensor,
         sequence=config.parallel.sequence and layout.tensor > 1,
         context=layout.context,
+        head_ranks=layout.head_ranks,
         dropout=config.train.residual_dropout > 0 or config.train.response_dropout > 0,
         selective=config.train.recompute == "selective",
         cuda=cuda,

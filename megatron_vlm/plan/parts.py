@@ -117,32 +117,46 @@ class Parts(Encoder):
         self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, out_size: int, rows: int
     ) -> Tensor:
         """Attention under the mask rule, with the exchange of context parallelism."""
-        language, context = self.arch.language, self.settings.context
+        language, context, dealt = self.arch.language, self.settings.context, self.settings.head_ranks
         heads = language.heads // self.settings.tensor
         kv_heads = max(1, language.kv_heads // self.settings.tensor)
         size = language.head_dim * self.e
         tokens = self.load.rows * self.load.length
-        if context > 1:
-            spread = kv_heads * context // math.gcd(kv_heads, context)
+        queries = self.load.rows * self.load.queries
+        if dealt > 1:
+            spread = math.lcm(kv_heads, dealt)
             if spread != kv_heads:
                 key, value = (tape.op(rows * spread * size, each, backward=0) for each in (key, value))
             exchanged = [
-                (query, tokens * heads // context * size),
-                (key, tokens * spread // context * size),
-                (value, tokens * spread // context * size),
+                (query, queries * heads // dealt * size),
+                (key, queries * spread // dealt * size),
+                (value, queries * spread // dealt * size),
             ]
             query, key, value = (tape.op(to, each, forward=each.size, backward=each.size) for each, to in exchanged)
-            heads, kv_heads = heads // context, spread // context
-        out = self.blocks(tape, query, key, value, tokens, heads, kv_heads, size)
-        if context > 1:
+            heads, kv_heads = heads // dealt, spread // dealt
+        if context > dealt:
+            key, value = (tape.op(tokens * kv_heads * size, each) for each in (key, value))
+        out = self.blocks(tape, query, key, value, (queries, tokens), heads, kv_heads, size)
+        if dealt > 1:
             out = tape.op(out_size, out, forward=out.size, backward=out.size)
         return out
 
     def blocks(
-        self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, tokens: int, heads: int, kv_heads: int, size: int
+        self,
+        tape: Tape,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: tuple[int, int],
+        heads: int,
+        kv_heads: int,
+        size: int,
     ) -> Tensor:
-        """model/attention.py: on a CPU one function over all blocks, on a GPU torch's attention block by block."""
-        statistics = tokens * heads * FLOAT
+        """model/attention.py: on a CPU one function over all blocks, on a GPU torch's attention block by block.
+
+        tokens: of queries, and of keys, all rows.
+        """
+        statistics = tokens[0] * heads * FLOAT
         flops = 4 * self.load.pairs * heads * self.arch.language.head_dim
         longest = self.load.longest
         repeated = 2 * longest * heads * size * (heads != kv_heads)
@@ -153,7 +167,7 @@ class Parts(Encoder):
                           forward=repeated, backward=query.size + 2 * key.size + repeated, flops=flops,
                           backward_flops=2 * flops * query.grad)  # fmt: skip
             return out
-        sums = 2 * tokens * kv_heads * (size // self.e) * FLOAT
+        sums = 2 * tokens[1] * kv_heads * (size // self.e) * FLOAT
         out = tape.op(query.size, query, key, value, keeps=(query, key, value), extra=statistics,
                       forward=repeated + block, backward=sums * (self.e != FLOAT) + repeated + 3 * block,
                       flops=flops, backward_flops=2 * flops * query.grad)  # fmt: skip

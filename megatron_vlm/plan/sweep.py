@@ -90,7 +90,7 @@ class Change:
 def plan(config: Config, cluster: Cluster, row: workload.Row) -> Plan:
     """The plan of a configuration. Raises ValueError, with the numbers, where settings and cluster do not fit."""
     rules.check(config, cluster.world)
-    return Plan(config, cluster, Layout.of(config.parallel, cluster.world), row)
+    return Plan(config, cluster, Layout.of(config, cluster.world), row)
 
 
 def changed(config: Config, settings: dict[str, object]) -> Config:

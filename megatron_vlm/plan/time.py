@@ -134,7 +134,7 @@ def _stage(
                 spent[name] += seconds
                 if flops and cluster.seconds(flops, 0, precision) >= cluster.seconds(0, moved, precision):
                     arithmetic += seconds
-    exchanged = [talk for talk in talks if talk.group in ("tensor", "context", "crops")]
+    exchanged = [talk for talk in talks if talk.group in ("tensor", "heads", "keys", "crops")]
     exchanged = [talk for talk in exchanged if not talk.what.startswith("gradients of")]
     sent = [talk for talk in talks if talk.kind == "send"]
     return StageTime(

@@ -130,8 +130,9 @@ def load(row: Row, config: Config, layout: Layout, rank: int = 0) -> Load:
         all_windows=rows * row.windows,
         loss_tokens=rows * even_counts(row.loss_tokens, layout.context)[at],
         longest=row.longest,
-        pairs=rows * row.pairs,
-        masked=rows * row.masked,
+        pairs=rows * row.pairs // layout.key_ranks,
+        queries=-(-row.tokens // layout.key_ranks),
+        masked=rows * row.masked // layout.key_ranks,
     )
 
 

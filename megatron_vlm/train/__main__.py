@@ -73,7 +73,7 @@ def _train(config: Config) -> int:
         from megatron_vlm.parallel.layout import Layout
         from megatron_vlm.train import loop
 
-        layout = Layout.of(config.parallel, dist.get_world_size())
+        layout = Layout.of(config, dist.get_world_size())
         groups.initialize(layout, backend=backend, seed=config.train.seed, timeout_s=process.TIMEOUT_S)
         return loop.train(config, layout).code
     except (ValueError, FloatingPointError) as error:

@@ -16,6 +16,7 @@ GRAMMAR = """\
   tpN   tensor parallel over N processes          sp    and the sequence, over the same ones
   ppN   N pipeline stages                         vppN  N virtual stages on each
   cpN   context parallel: a row over N processes  dpN   data parallel: N copies of the model
+  gather, ulysses   how attention sees the whole row (else parallel.context_method)
   recompute_full, recompute_selective, recompute_none   else as in the recipe
   packed (as rows are), unpacked (each sample in a row of its own)
   one   nothing of all this: one process, the recipe's recomputation, packed rows"""
@@ -23,7 +24,7 @@ GRAMMAR = """\
 _DEGREES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context", "dp": "data"}
 _PART = re.compile(
     r"(?P<degree>tp|pp|vpp|cp|dp)(?P<number>[1-9]\d{0,4})|(?P<sequence>sp)|recompute_(?P<recompute>full|selective|none)"
-    r"|(?P<packing>packed|unpacked)|(?P<one>one)"
+    r"|(?P<packing>packed|unpacked)|(?P<method>gather|ulysses)|(?P<one>one)"
 )
 
 
@@ -37,6 +38,8 @@ class Variant:
     pipeline: int = 1
     virtual_pipeline: int = 1
     context: int = 1
+    context_method: str = ""
+    """Empty = as in the recipe."""
     data: int = 1
     recompute: str = ""
     """Empty = as in the recipe."""
@@ -65,6 +68,7 @@ class Variant:
                 virtual_pipeline=self.virtual_pipeline,
                 pipeline_layers=layers if len(layers) == chunks else (),
                 context=self.context,
+                context_method=self.context_method or config.parallel.context_method,
             ),
             train=dataclasses.replace(config.train, recompute=self.recompute or config.train.recompute),
         )
@@ -106,6 +110,8 @@ def _fields(match: re.Match[str]) -> dict[str, int | bool | str]:
         return {"sequence": True}
     if part["recompute"]:
         return {"recompute": part["recompute"]}
+    if part["method"]:
+        return {"context_method": part["method"]}
     if part["packing"]:
         return {"packed": part["packing"] == "packed"}
     return {}

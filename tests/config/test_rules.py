@@ -54,8 +54,12 @@ BROKEN = [
     (["parallel.tensor=3"], 3, r"parallel\.tensor=3 does not divide the 2048 vocabulary rows"),
     (["parallel.tensor=3"], 3, r"parallel\.tensor=3 neither divides nor is a multiple of the 2 key and value heads"),
     (["parallel.sequence=true"], 1, r"parallel\.sequence=true shards over .*, but parallel\.tensor=1"),
-    (["parallel.tensor=2", "parallel.context=4"], 8, r"context=4 does not divide the 2 query heads of a rank \(4"),
-    (["parallel.context=3", "data.sequence_length=513"], 3, r"context=3 neither .* the 2 key and value heads"),
+    (["parallel.context_method=ring"], 1, r"context_method='ring' does not exist; choose one of auto, ulysses, gather"),
+    (["parallel.tensor=2", "parallel.context=4", "parallel.context_method=ulysses"], 8,
+     r"the 2 query heads and 1 key and value heads of a rank \(4 and 2 / parallel\.tensor=2\) to parallel\.context=4 "
+     r"ranks, only to 2 of them\. Set parallel\.context=2, or parallel\.context_method=auto"),
+    (["parallel.context=3", "data.sequence_length=513", "parallel.context_method=ulysses"], 3,
+     r"the 4 query heads and 2 key and value heads .* to parallel\.context=3 ranks, only to 1 of them"),
     (["parallel.context=4", "data.sequence_length=510"], 4,
      r"data\.sequence_length=510 is not a multiple of 4 .*nearest that are: 508 and 512\."),
     (["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=511"], 2,
@@ -92,6 +96,9 @@ def test_a_broken_rule_says_its_numbers(settings, overrides, world, message):
         (["parallel.tensor=2", "parallel.sequence=true"], 2),
         (["parallel.tensor=4"], 4),  # more ranks than key and value heads: those are repeated
         (["parallel.context=4"], 4),
+        (["parallel.context=16"], 16),  # more ranks than heads: keys and values are gathered
+        (["parallel.context=3", "data.sequence_length=513"], 3),
+        (["parallel.context=4", "parallel.context_method=gather"], 4),
         (["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2"], 16),
         (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 2),
         (["parallel.pipeline=2", "parallel.pipeline_layers=[1,3]"], 2),

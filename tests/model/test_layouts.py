@@ -31,6 +31,12 @@ CASES = {
     "dp2_frozen_vision": (tiny.ARCH, {}, FROZEN_VISION, 2),
     "cp2": (tiny.ARCH, {"context": 2}, {}, 2),
     "cp2_dropout": (tiny.ARCH, {"context": 2}, DROPOUT, 2),
+    # More context ranks than heads, or than go round: keys and values gathered, alone and beside dealt heads.
+    "cp3_dropout": (tiny.ARCH, {"context": 3}, DROPOUT, 3),
+    "cp4_gather": (tiny.ARCH, {"context": 4, "context_method": "gather"}, {"recompute": "selective"}, 4),
+    "cp8": (tiny.ARCH, {"context": 8}, {}, 8),
+    "tp2_cp4_sp": (tiny.ARCH, {"tensor": 2, "context": 4, "sequence": True}, {}, 8),
+    "tp4_cp2": (tiny.ARCH, {"tensor": 4, "context": 2}, {"recompute": "full"}, 8),
     "pp2": (tiny.ARCH, {"pipeline": 2}, {}, 2),
     "pp2_tied_uneven": (tiny.TIED, {"pipeline": 2, "pipeline_layers": (1, 3)}, {}, 2),
     "pp2_tied_frozen": (tiny.TIED, {"pipeline": 2}, FROZEN_VISION, 2),
@@ -47,14 +53,14 @@ CASES = {
 #: What the others cover between them.
 SLOW = (
     *("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_sp_frozen_vision", "tp2_cp2_sp_quiet", "tp4_sp"),
-    *("dp2_frozen_vision", "cp2", "pp2_tied_frozen"),
+    *("dp2_frozen_vision", "cp2", "pp2_tied_frozen", "cp4_gather", "cp8", "tp2_cp4_sp", "tp4_cp2"),
 )
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])
 def test_one_step_equals_one_process(pool, case):
     arch, parallel, options, world = CASES[case]
-    layout = Layout(world, *(parallel.get(name, 1) for name in ("tensor", "context", "pipeline", "virtual_pipeline")))
+    layout = Layout.of(tiny.config(arch, parallel=parallel), world)
     ranks = pool(world).run(layouts.step, arch, layout, parallel, options)
     # The reference neither recomputes nor shards.
     alone = reference(pool, arch, tuple(sorted((k, v) for k, v in options.items() if k != "recompute")))

@@ -38,10 +38,10 @@ def from_rule(row: torch.Tensor) -> torch.Tensor:
     return visible(Places(*(x[:, None] for x in found)), Places(*(x[None] for x in found)))
 
 
-def from_plan(row: torch.Tensor) -> torch.Tensor:
-    """What the blocks let through: (s, s) bool."""
-    plan = plans.Plan(row)
-    sees = torch.zeros(row.shape[1], row.shape[1], dtype=torch.bool)
+def from_plan(row: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """What the blocks of queries [first, last) let through: (last - first, s) bool."""
+    plan = plans.Plan(row, first, last)
+    sees = torch.zeros(plan.queries[1] - first, row.shape[1], dtype=torch.bool)
     for block in plan.blocks:
         shape = (block.end - block.start, block.keys_end - block.keys)
         mask = plan.mask(block)
@@ -95,6 +95,9 @@ def test_plans_are_the_rule(row, queries, kept):
         expected = dense(row)
         assert torch.equal(from_rule(row), expected)
         assert torch.equal(from_plan(row), expected)
+        cuts = (0, row.shape[1] // 3, row.shape[1] // 2, row.shape[1])
+        parts = [from_plan(row, *part) for part in zip(cuts, cuts[1:], strict=False)]
+        assert torch.equal(torch.cat(parts), expected)
     finally:
         plans.QUERIES, plans.KEPT_PER_TOKEN = saved
 
@@ -116,12 +119,13 @@ def test_an_example_in_two_places_is_refused():
 def test_plans_are_kept_by_row_number_and_checked_against_the_marks():
     kept = plans.Plans(rows=2)
     first = row_of([(0, 0, False)] * 3, number=7)
-    assert kept.of(first) is kept.of(first.clone())
+    assert kept.of(first, 0, 3) is kept.of(first.clone(), 0, 3)
+    assert kept.of(first, 1, 3).queries == (1, 3)
     # An evaluation's row with the same number.
     other = row_of([(0, 0, False)] * 2 + [(PAD, PAD, False)], number=7)
-    assert kept.of(other).blocks != kept.of(first).blocks
+    assert kept.of(other, 0, 3).blocks != kept.of(first, 0, 3).blocks
     for number in (8, 9):
-        kept.of(row_of([(0, 0, False)], number=number))
+        kept.of(row_of([(0, 0, False)], number=number), 0, 1)
     assert len(kept._kept) == 2
 
 

@@ -70,7 +70,7 @@ def load_of(batch: Batch, layout: Layout, rank: int) -> Load:
     pooled = -(-windows * most // max(1, sum(batch.crop_counts)))
     return Load(
         rows, length, parts[at.context], batch.crop_counts[layout.crop_rank(rank)],
-        pooled, pooled, slots, windows, int((weights != 0).sum()), longest, 0,
+        pooled, pooled, slots, windows, int((weights != 0).sum()), longest, 0, -(-length // layout.key_ranks),
     )  # fmt: skip
 
 

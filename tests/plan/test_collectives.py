@@ -19,6 +19,9 @@ LAYOUTS = [
     ("tensor", 4, ["parallel.tensor=2"]),
     ("sequence", 2, ["parallel.tensor=2", "parallel.sequence=true"]),
     ("context", 4, ["parallel.context=2", "train.recompute=selective"]),
+    ("gather", 4, ["parallel.context=4", "parallel.context_method=gather", "train.recompute=full"]),
+    ("heads and gather", 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=4",
+                             "train.recompute=selective"]),
     ("pipeline", 4, ["parallel.pipeline=2", "model.freeze=[base_embeddings]"]),
     ("virtual", 4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     ("all", 16, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2", "parallel.pipeline=2",
@@ -36,7 +39,7 @@ def test_rehearsal(name, world, settings):
     from megatron_vlm.train import rehearsal
 
     config = load.load(ROOT / "examples/recipes/tiny/stage1.yaml", [*settings, "train.micro_batch=1"])
-    layout = Layout.of(config.parallel, world)
+    layout = Layout.of(config, world)
     train = dataclasses.replace(config.train, global_batch=2 * layout.data)
     config = dataclasses.replace(config, train=train)
     row = workload.assume(config)

@@ -67,6 +67,9 @@ LAYOUTS: dict[str, tuple[Layout, dict, dict]] = {
                              {"precision": "bf16", "recompute": "full"}),
     "context": (Layout(2, context=2), {"context": 2}, {}),
     "context, selective": (Layout(2, context=2), {"context": 2}, {"recompute": "selective"}),
+    "gather": (Layout(2, context=2, ulysses=1), {"context": 2, "context_method": "gather"}, {}),
+    "gather, bf16, selective": (Layout(3, context=3, ulysses=1), {"context": 3},
+                                {"precision": "bf16", "recompute": "selective"}),
     "all": (Layout(4, tensor=2, context=2), {"tensor": 2, "sequence": True, "context": 2}, {"precision": "bf16"}),
 }  # fmt: skip
 

@@ -94,7 +94,7 @@ def test_a_wrong_gradient_is_named_and_a_failure_does_not_end_the_others(recipe,
     ("asked", "said"),
     [
         (["--layouts", "tp2", "tp3"], "- parallel.tensor=3 does not divide the 4 query heads"),
-        (["--layouts", "cp3"], "parallel.context=3 does not divide the 4 query heads"),
+        (["--layouts", "cp3_ulysses"], "cannot deal the 4 query heads and 2 key and value heads"),
         (["--layouts", "tp2x"], "'tp2x' is no part of a name"),
         (["--resume", "tp2:one"], "needed is A:K:B"),
         (["--resume", "one:2:tp2", "--steps", "2"], "the step to stop after is 1 to 1, not 2"),

@@ -63,7 +63,7 @@ def _poisoned(settings, steps):
     from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import loop
 
-    layout = Layout.of(settings.parallel, dist.get_world_size())
+    layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
     iterate = Loader.__iter__
 

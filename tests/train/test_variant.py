@@ -19,10 +19,11 @@ CONFIG = Config(data=DataConfig(image_crops=0), train=TrainConfig(global_batch=8
         ("packed", Variant("packed")),
         (
             "tp2_sp_pp3_vpp4_cp5_dp16",
-            Variant("tp2_sp_pp3_vpp4_cp5_dp16", 2, True, 3, 4, 5, 16),
+            Variant("tp2_sp_pp3_vpp4_cp5_dp16", 2, True, 3, 4, 5, data=16),
         ),
         ("recompute_full_cp2", Variant("recompute_full_cp2", context=2, recompute="full")),
         ("dp2_unpacked", Variant("dp2_unpacked", data=2, packed=False)),
+        ("cp4_gather", Variant("cp4_gather", context=4, context_method="gather")),
     ],
 )
 def test_names_say_how_to_run(name, expected):
@@ -68,8 +69,8 @@ def test_layers_of_stages_stay_where_they_fit():
     ("name", "changes", "numbers"),
     [
         ("tp3", {}, ("layout tp3 (3 processes)", "parallel.tensor=3", "the 4 query heads")),
-        ("cp8", {}, ("parallel.context=8", "4 query heads")),
-        ("tp2_cp4", {}, ("parallel.context=4", "the 2 query heads of a rank")),
+        ("cp8_ulysses", {}, ("parallel.context=8", "the 4 query heads", "only to 4 of them")),
+        ("tp2_cp4_ulysses", {}, ("parallel.context=4", "the 2 query heads", "only to 2 of them")),
         ("pp3", {}, ("4 decoder layers", "3 pipeline chunks")),
         ("pp2_vpp4", {}, ("4 decoder layers", "8 pipeline chunks")),
         ("vpp2", {}, ("parallel.pipeline=1",)),

@@ -37,7 +37,7 @@ def stepper(settings: Config) -> tuple[Any, Loader]:
     from megatron_vlm.train import loop, optim
     from megatron_vlm.train.step import Stepper
 
-    layout = Layout.of(settings.parallel, dist.get_world_size())
+    layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
     loader = Loader(settings, presets.architecture(settings.model), loop._share(layout))
     models = optim.wrap(build(settings, layout), settings)
