@@ -9,8 +9,10 @@ import torch.distributed as dist
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block without collectives on every rank; if it raises on one, every rank raises.
+
+    group: of all ranks, to agree over; a thread beside training needs one of its own. None = the default group.
 
     The failing rank raises its own error. The others raise ValueError where that is what failed (RuntimeError
     otherwise) with the rank and its message.
@@ -22,7 +24,7 @@ def together(what: str) -> Iterator[None]:
         failure = error
     answers: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
     mine = None if failure is None else (isinstance(failure, ValueError), f"{type(failure).__name__}: {failure}")
-    dist.all_gather_object(answers, mine)
+    dist.all_gather_object(answers, mine, group=group)
     if failure is not None:
         raise failure
     for rank, answer in enumerate(answers):

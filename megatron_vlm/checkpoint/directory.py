@@ -14,6 +14,8 @@ import shutil
 import uuid
 from pathlib import Path
 
+from megatron_vlm.config.schema import CheckpointConfig
+
 LATEST = "latest"
 _NAME = re.compile(r"iter_(\d{7,})")
 
@@ -85,8 +87,8 @@ def writing_path(directory: Path, step: int) -> Path:
     return directory / f".writing-{name(step)}"
 
 
-def publish(directory: Path, step: int, keep: int) -> Path:
-    """Give a written checkpoint its name, make it the latest, and remove all but the `keep` newest (0 = keep all)."""
+def publish(directory: Path, step: int, kept: CheckpointConfig) -> Path:
+    """Give a written checkpoint its name, make it the latest, and remove those that `kept` does not keep."""
     final = directory / name(step)
     if final.exists():
         # Of an earlier run that came so far and was taken back to an older checkpoint.
@@ -97,10 +99,17 @@ def publish(directory: Path, step: int, keep: int) -> Path:
     replacement.write_text(final.name + "\n", encoding="utf-8")
     os.replace(replacement, directory / LATEST)
     _sync(directory)
-    others = [path for path in complete(directory) if path != final]
-    for old in others[: max(0, len(others) + 1 - keep)] if keep else []:
+    for old in superseded([path for path in complete(directory) if path != final], kept):
         remove(old)
     return final
+
+
+def superseded(others: list[Path], kept: CheckpointConfig) -> list[Path]:
+    """Those of the checkpoints beside the newest, oldest first, that `kept` does not keep."""
+    if not kept.keep:
+        return []
+    old = others[: max(0, len(others) + 1 - kept.keep)]
+    return [path for path in old if not kept.keep_every or step(path) % kept.keep_every]
 
 
 def remove(path: Path) -> None:

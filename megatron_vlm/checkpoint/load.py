@@ -48,7 +48,12 @@ def read(directory: str | Path) -> Record:
 
 
 def load(
-    directory: str | Path, *, models: Sequence[Any], optimizer: Any | None = None, config: Config | None = None
+    directory: str | Path,
+    *,
+    models: Sequence[Any],
+    optimizer: Any | None = None,
+    config: Config | None = None,
+    verified: bool = False,
 ) -> dict[str, Any]:
     """Fill `models`, and `optimizer` if given, from the checkpoint at `directory`; gives `state` as it was saved.
 
@@ -56,13 +61,15 @@ def load(
     optimizer: None = weights only. If one exists already, call its `reload_model_params()` afterwards: it holds float32
                copies of the weights.
     config:    settings of this run; a checkpoint of another architecture is then refused with the fields that differ.
+    verified:  `newest_sound` has just found it whole; files are not read twice.
     Every rank calls it. The layout may differ from the one that saved. Files are verified first; pickles are read by
     allow-list. Raises ValueError, on every rank, that names the file, field or tensor at fault; the models may be
     half-filled only if a disk fails while they are read.
     """
     with together("reading the checkpoint"):
         record = read(directory)
-        verify.verify(record.path, part=dist.get_rank(), parts=dist.get_world_size())
+        if not verified:
+            verify.verify(record.path, part=dist.get_rank(), parts=dist.get_world_size())
         if config is not None:
             check_architecture(record, config)
         metadata = unpickle.read_metadata(record.path, verify.files(record.path))
@@ -82,6 +89,27 @@ def load(
     if optimizer is not None and sharded.trains(optimizer):
         sharded.fill_optimizer(optimizer, loaded["optimizer"])
     return record.state
+
+
+def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
+    """The latest checkpoint of `directory` that is whole, or the newest before it that is; None where none is there.
+
+    Beside it, what is wrong with those passed over. Every rank reads its share and all come to the same answer.
+    Raises ValueError where there are checkpoints and none is whole.
+    """
+    latest = names.latest(directory)
+    if latest is None:
+        return None, []
+    faults: list[str] = []
+    for path in [latest, *(path for path in reversed(names.complete(directory)) if path != latest)]:
+        try:
+            with together("verifying a checkpoint"):
+                verify.verify(path, part=dist.get_rank(), parts=dist.get_world_size())
+                read(path)
+            return path, faults
+        except ValueError as error:
+            faults.append(str(error))
+    raise ValueError(f"no checkpoint in {directory} is whole:" + "".join(f"\n  - {fault}" for fault in faults))
 
 
 def check_architecture(record: Record, config: Config) -> None:

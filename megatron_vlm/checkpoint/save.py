@@ -11,7 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
@@ -20,11 +22,15 @@ from megatron_vlm.checkpoint import sharded, unpickle, verify
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.config import presets
 from megatron_vlm.config.load import to_dict
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import CheckpointConfig, Config
 
 STATE = "state.json"
 ARCHITECTURE = "architecture.json"
 CONFIG = "config.json"
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written. Those before it are as they were."""
 
 
 class Synchronous(SaveShardedStrategy):
@@ -34,8 +40,10 @@ class Synchronous(SaveShardedStrategy):
     for a model that is written in milliseconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """group: of all ranks, to plan over; None = the default group."""
         super().__init__("torch_dist", 1)
+        self._group = group
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Write this rank's share. Collective."""
@@ -44,6 +52,7 @@ class Synchronous(SaveShardedStrategy):
             torch_format.mcore_to_pyt_state_dict(flat, False),
             storage_writer=self.writer(checkpoint_dir),
             planner=self.planner(),
+            process_group=self._group,
         )
 
     def writer(self, checkpoint_dir: str | Path) -> torch_checkpoint.FileSystemWriter:
@@ -76,34 +85,60 @@ def save(
     optimizer: Megatron's optimizer; None = weights only.
     state:     what else a resume needs, the same on all ranks, as JSON can hold it (ValueError otherwise).
     strategy:  what writes the tensors; None = Synchronous().
-    Writes under another name, reads every byte back, then renames; removes all but `config.checkpoint.keep`
-    checkpoints. An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
+    Writes under another name, reads every byte back, then renames; removes checkpoints that `config.checkpoint` does
+    not keep. An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
     """
-    directory = Path(directory)
+    with together("preparing the checkpoint"):
+        documents = describe(config, state)
+    contents = sharded.build(models, optimizer, is_loading=False)
+    return write(Path(directory), contents, documents, step, config.checkpoint, strategy=strategy)
+
+
+def write(
+    directory: Path,
+    contents: dict[str, Any],
+    documents: dict[str, str],
+    step: int,
+    kept: CheckpointConfig,
+    *,
+    group: dist.ProcessGroup | None = None,
+    strategy: Synchronous | None = None,
+) -> Path:
+    """Write sharded `contents` and the text files `documents` as the checkpoint of `step`. Collective over `group`.
+
+    group: of all ranks; None = the default group, and Megatron checks that every part of every tensor is written by
+    exactly one rank. (With a group of its own, in a thread, it cannot: its check uses the default group.)
+    """
     rank = dist.get_rank()
     try:
-        with together("preparing the checkpoint"):
-            documents = _documents(config, state)
+        with together("preparing the checkpoint", group):
             if rank == 0:
                 names.begin(directory, step)
         writing = names.writing_path(directory, step)
-        contents = sharded.build(models, optimizer, is_loading=False)
+        strategy = strategy or Synchronous(group)
         with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
-            dist_checkpointing.save(contents, str(writing), strategy or Synchronous())
-        with together("writing the checkpoint"):
-            if rank == 0:
-                for name, text in documents.items():
-                    (writing / name).write_text(text, encoding="utf-8")
-        _check_written(writing, step)
-        with together("publishing the checkpoint"):
-            return names.publish(directory, step, config.checkpoint.keep) if rank == 0 else directory / names.name(step)
-    except BaseException:
+            # Megatron's dist_checkpointing.save is these four calls, but leaves the other ranks waiting where rank 0
+            # cannot write the common part.
+            tensors, common = save_preprocess(contents, validate_access_integrity=group is None)
+            with together("writing the checkpoint", group):
+                get_default_save_common_strategy().save_common(common, writing)
+                if rank == 0:
+                    save_config(CheckpointingConfig(strategy.backend, strategy.version), str(writing))
+                    for name, text in documents.items():
+                        (writing / name).write_text(text, encoding="utf-8")
+            strategy.save(tensors, writing)
+        _check_written(writing, step, group)
+        with together("publishing the checkpoint", group):
+            return names.publish(directory, step, kept) if rank == 0 else directory / names.name(step)
+    except BaseException as error:
         if rank == 0:
             shutil.rmtree(names.writing_path(directory, step), ignore_errors=True)
+        if isinstance(error, RuntimeError | OSError):
+            raise SaveError(f"there is no checkpoint of step {step}: {error} Earlier ones are untouched.") from error
         raise
 
 
-def _documents(config: Config, state: dict[str, Any]) -> dict[str, str]:
+def describe(config: Config, state: dict[str, Any]) -> dict[str, str]:
     """The JSON files beside the tensors, by name."""
     try:
         state_text = json.dumps(state, indent=1)
@@ -123,15 +158,15 @@ def _documents(config: Config, state: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_written(writing: Path, step: int) -> None:
+def _check_written(writing: Path, step: int, group: dist.ProcessGroup | None) -> None:
     """Read every file back, each rank its share, and write the manifest. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    with together("reading the checkpoint back"):
+    with together("reading the checkpoint back", group):
         found = verify.files(writing)
         digests = {name: verify.digest(writing / name) for name in found[rank::world]}
     gathered: list[dict[str, Any]] = [{}] * world
-    dist.all_gather_object(gathered, digests)
-    with together("checking the checkpoint"):
+    dist.all_gather_object(gathered, digests, group=group)
+    with together("checking the checkpoint", group):
         if rank == 0:
             every = {name: digest for part in gathered for name, digest in part.items()}
             metadata = unpickle.read_metadata(writing, every)

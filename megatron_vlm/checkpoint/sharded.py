@@ -61,26 +61,40 @@ def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> 
     Collective over the data-parallel ranks. Data of the model's tensors are the parameters themselves, so loading fills
     them in place. A rank whose stage trains nothing carries the optimizer's common settings of one that does.
     """
-    metadata = {
+    state = build_models(models)
+    if optimizer is None:
+        return state
+    if trains(optimizer):
+        begin_moments(optimizer)
+        model_state = {name: state[name] for name in state}
+        made = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
+        for part in [made] if "param_state" in made else made.values():
+            part["param_state"] = (
+                part["param_state"] or {}
+            )  # None on ranks that write none of it: a difference for nothing
+        state["optimizer"] = made
+    if not is_loading:
+        share_common(state, OPTIMIZER.rstrip("."))
+    return state
+
+
+def build_models(models: Sequence[Any]) -> dict[str, Any]:
+    """Sharded state of the models alone. No collectives."""
+    return {
+        f"model{index}": unwrap(model).sharded_state_dict(metadata=metadata()) for index, model in enumerate(models)
+    }
+
+
+def metadata() -> dict[str, Any]:
+    """How Megatron is to make a sharded state."""
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        # On a GPU the gathered states would fill device memory of every rank; this way they pass through the first.
-        "distrib_optim_fully_reshardable_mem_efficient": torch.cuda.is_available(),
+        # The states pass over gloo through the first data-parallel rank; gathered on all they would fill the devices.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": groups.data_and_context(),
     }
-    state: dict[str, Any] = {
-        f"model{index}": unwrap(model).sharded_state_dict(metadata=metadata) for index, model in enumerate(models)
-    }
-    if optimizer is None:
-        return state
-    if trains(optimizer):
-        _begin_moments(optimizer)
-        model_state = {name: state[name] for name in state}
-        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    if not is_loading:
-        _share_common(state, OPTIMIZER.rstrip("."))
-    return state
 
 
 def trains(optimizer: Any) -> bool:
@@ -116,7 +130,7 @@ def fill_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
                 moments["step"] = step.clone()
 
 
-def _begin_moments(optimizer: Any) -> None:
+def begin_moments(optimizer: Any) -> None:
     """Give an optimizer that has not stepped the moments it would start with: Megatron can neither save nor load it
     without."""
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -128,7 +142,7 @@ def _begin_moments(optimizer: Any) -> None:
                 moments.setdefault("step", torch.zeros(()))
 
 
-def _share_common(state: dict[str, Any], key: str) -> None:
+def share_common(state: dict[str, Any], key: str) -> None:
     """What is not sharded is the same everywhere: a stage that trains nothing takes it from a rank that trains."""
     flags: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(flags, key in state)

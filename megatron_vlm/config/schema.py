@@ -185,6 +185,11 @@ class CheckpointConfig:
     """Steps between checkpoints. 0 = only after the last step."""
     keep: int = 2
     """Newest checkpoints kept. 0 = all."""
+    keep_every: int = 0
+    """Checkpoints of steps that divide by this are kept too, for ever. 0 = none."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written, from a copy in host memory. The first and the last checkpoint of
+    a process are written while it waits."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,9 @@ class GuardConfig:
     """The same for the gradient norm of a component: these vary more."""
     most_in_a_row: int = 5
     """Steps skipped in a row, or rollbacks without a new checkpoint, after which the run stops."""
+    hang_s: float = 1200.0
+    """Longest time of a rank in one phase (data, forward, a collective, a save, ...). Then the run ends, on every rank,
+    with a table of what each was doing. 0 = no watchdog."""
     dumps: int = 20
     """Most dumps of a run; what comes after them is only noted."""
 

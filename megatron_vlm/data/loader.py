@@ -133,12 +133,15 @@ class Loader:
         self._workers = Workers(Collator(shards, geometry, data.sequence_length), data.workers)
         self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._global_batch = train.global_batch
+        self.keys: tuple[str, ...] = ()
+        """`data set/key` of this rank's samples in the step handed out last, or waited for."""
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from the loader's position on; the position moves with each step that is handed out."""
-        ahead: deque[tuple[dict[str, Any], list[Future[Batch]]]] = deque()
+        ahead: deque[tuple[dict[str, Any], tuple[str, ...], list[Future[Batch]]]] = deque()
         for facts, micro_batches in self._planned_steps(*self._position):
-            ahead.append((facts, [self._workers.submit(micro_batch) for micro_batch in micro_batches]))
+            keys = tuple(sample.key for micro in micro_batches for row in micro.rows for sample in row.samples)
+            ahead.append((facts, keys, [self._workers.submit(micro_batch) for micro_batch in micro_batches]))
             if len(ahead) > STEPS_AHEAD:
                 yield self._finished(*ahead.popleft())
         while ahead:
@@ -167,7 +170,8 @@ class Loader:
             )
         return int(state["window"]), int(state["offset"])
 
-    def _finished(self, facts: dict[str, Any], futures: list[Future[Batch]]) -> Step:
+    def _finished(self, facts: dict[str, Any], keys: tuple[str, ...], futures: list[Future[Batch]]) -> Step:
+        self.keys = keys
         step = Step(micro_batches=tuple(future.result() for future in futures), **facts)
         self._position = (step.next_window, step.next_offset)
         return step

@@ -76,7 +76,7 @@ def _train(config: Config) -> int:
         layout = Layout.of(config, dist.get_world_size())
         groups.initialize(layout, backend=backend, seed=config.train.seed, timeout_s=process.TIMEOUT_S)
         return loop.train(config, layout).code
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if process.speaks(str(error)):
             _print_error(error)
         return 1

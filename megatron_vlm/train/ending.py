@@ -29,7 +29,7 @@ FILE = "exit.json"
 #: A file of this name in the run directory ends the run; it is removed when the run has seen it.
 STOP_FILE = "stop"
 #: What ends a run, from the weakest to the strongest: where ranks see several, they agree on the last of them.
-REASONS = ("", "stop file", "time limit", "SIGUSR1", "SIGTERM")
+REASONS = ("", "stop file", "time limit", "SIGUSR1", "SIGTERM", "failed save")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 #: Time kept free for a save of unknown length: this share of the limit, at most so many seconds.
 _UNKNOWN_SAVE = (0.05, 300.0)
@@ -84,13 +84,15 @@ class Watch:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> str:
+    def agreed(self, save_failed: bool = False) -> str:
         """The reason to end now, the same on every rank; empty = go on. Collective: one number per call."""
         now = time.monotonic()
         self._step_s, self._last = max(self._step_s, now - self._last), now
         seen = self._seen
         if self._limit_s is not None and now - self._began + self._reserve_s() >= self._limit_s:
             seen = max(seen, REASONS.index("time limit"))
+        if save_failed:
+            seen = REASONS.index("failed save")
         if dist.get_rank() == 0 and (self._folder / STOP_FILE).exists():
             seen = max(seen, REASONS.index("stop file"))
         number = torch.tensor(seen, device=torch.cuda.current_device())
@@ -98,7 +100,7 @@ class Watch:
         return REASONS[int(number)]
 
     def saved(self, took_s: float) -> None:
-        """A checkpoint took so long: it is no part of a step, and the last one may take as long."""
+        """The last complete checkpoint took so long, and the one at the end may take as long. No step was that long."""
         self._save_s = max(self._save_s, took_s)
         self._last = time.monotonic()
 

@@ -15,21 +15,23 @@ import torch.distributed as dist
 
 from megatron_vlm import cost
 from megatron_vlm.batch import Batch
-from megatron_vlm.checkpoint import save as checkpoint
 from megatron_vlm.checkpoint.agree import together
+from megatron_vlm.checkpoint.saver import Saver
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, ending, optim, recovery, resume
+from megatron_vlm.train import directory, ending, optim, recovery, resume, stragglers
 from megatron_vlm.train.ending import Ending, Watch
 from megatron_vlm.train.guard import Guard
 from megatron_vlm.train.lock import Lock
 from megatron_vlm.train.metrics import Reporter
+from megatron_vlm.train.pulse import Pulse
 from megatron_vlm.train.recovery import Progress
 from megatron_vlm.train.step import Outcome, Stepper
+from megatron_vlm.train.watchdog import Watchdog
 
 
 def train(config: Config, layout: Layout) -> Ending:
@@ -48,10 +50,12 @@ def train(config: Config, layout: Layout) -> Ending:
                 stack.enter_context(Lock(folder))
                 (folder / ending.FILE).unlink(missing_ok=True)
         try:
-            reason = _train(config, layout, progress, watch)
+            with ExitStack() as watched:
+                reason = _train(config, layout, progress, watch, watched)
         except BaseException as error:
             if first and (folder / "config.yaml").exists():
-                Ending("failed", f"{type(error).__name__}: {error}", progress.step).write(folder)
+                words = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+                Ending("failed", words, progress.step).write(folder)
             raise
         done = Ending("requeue" if reason else "finished", reason or "all steps done", progress.step)
         if first:
@@ -60,8 +64,8 @@ def train(config: Config, layout: Layout) -> Ending:
     return done
 
 
-def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> str:
-    """The loop; gives why it ended early, or nothing."""
+def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, watched: ExitStack) -> str:
+    """The loop; gives why it ended early, or nothing. `watched`: takes up the watchdog."""
     start = resume.find(config)
     share = _share(layout)
     loader = Loader(config, presets.architecture(config.model), share, state=start.data)
@@ -70,22 +74,27 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> 
     models = optim.wrap(build(config, layout), config)
     optimizer = optim.build(models, config)
     resume.restore(start, models, optimizer, config)
-    stepper = Stepper(models, optimizer, config, loader.sources)
+    pulse = Pulse()
+    stepper = Stepper(models, optimizer, config, loader.sources, pulse)
     reporter = _reporter(config, layout, start)
+    saver = Saver(directory.checkpoints(config), config)
+    _watchdog(config, pulse, loader, watched)
     batches = iter(loader)
-    progress.step, saved = start.step, start.step
+    progress.step, saved, save_wait_s = start.step, start.step, 0.0
     progress.counters |= start.counters
     progress.guard.restore(start.guard)
 
-    while not (reason := watch.agreed()) and progress.step < config.train.steps:
+    while not (reason := _agreed(watch, saver, pulse)) and progress.step < config.train.steps:
         began = time.perf_counter()
         before = loader.state_dict()
-        fetched = next(batches)
+        step = pulse.step = progress.step + 1
+        with pulse.during("data"):
+            fetched = next(batches)
         waited_s = time.perf_counter() - began
-        step = progress.step + 1
         outcome = stepper.train(fetched.micro_batches, step, progress.guard.judge)
         if outcome.event:
             recovery.keep(config, layout, stepper, fetched, outcome, before, reporter)
+            saver.finish()
             if recovery.goes_back(config, outcome, progress, models, optimizer, reporter):
                 saved = progress.step
                 continue
@@ -94,16 +103,25 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> 
         counters["spikes"] += outcome.event is not None
         counters["skipped_samples"] += len(fetched.skipped)
         record = _record(config, step, fetched, outcome) | counters
-        record |= _speed(config, outcome, time.perf_counter() - began, waited_s)
+        record |= _speed(config, outcome, time.perf_counter() - began, waited_s) | {"save_wait_s": save_wait_s}
         if _due(step, config.eval.every):
             record |= _evaluate(config, stepper, share)
         if reporter:
             reporter.step(record, _ledger(fetched))
+        if _due(step, config.log.every):
+            ranks = stragglers.gather(pulse)
+            if reporter:
+                reporter.stragglers(step, ranks)
+        save_wait_s = 0.0
         if _due(step, config.checkpoint.every) or step == config.train.steps:
-            _save(config, models, optimizer, loader, progress, watch)
+            with pulse.during("save"):
+                save_wait_s = _save(saver, models, optimizer, loader, progress, watch, wait=step == config.train.steps)
             saved = step
+    pulse.enter("save")
+    saver.finish()
     if reason and progress.step > saved:
-        _save(config, models, optimizer, loader, progress, watch)
+        _save(saver, models, optimizer, loader, progress, watch, wait=True)
+    pulse.enter("other")
     early = reason if progress.step < config.train.steps else ""
     if reporter:
         ended = (
@@ -117,13 +135,32 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch) -> 
     return early
 
 
-def _save(config: Config, models: list[Any], optimizer: Any, loader: Loader, progress: Progress, watch: Watch) -> None:
+def _watchdog(config: Config, pulse: Pulse, loader: Loader, watched: ExitStack) -> None:
+    """From here on a rank that hangs ends the run."""
+    folder = directory.path(config)
+    with together("clearing old heartbeats"):
+        if dist.get_rank() == 0:
+            Watchdog.clear(folder)
+    pulse.keys = lambda: loader.keys
+    pulse.enter("other")
+    watched.enter_context(Watchdog(folder, config.guard.hang_s, pulse))
+
+
+def _agreed(watch: Watch, saver: Saver, pulse: Pulse) -> str:
+    with pulse.during("collective"):
+        return watch.agreed(saver.failed)
+
+
+def _save(
+    saver: Saver, models: list[Any], optimizer: Any, loader: Loader, progress: Progress, watch: Watch, *, wait: bool
+) -> float:
+    """Save, in the background unless `wait`; the seconds that training was held up."""
     began = time.monotonic()
     state = {"data": loader.state_dict(), "counters": progress.counters, "guard": progress.guard.state()}
-    folder = directory.checkpoints(config)
-    checkpoint.save(folder, models=models, optimizer=optimizer, step=progress.step, config=config, state=state)
-    watch.saved(time.monotonic() - began)
+    saver.save(models=models, optimizer=optimizer, step=progress.step, state=state, wait=wait)
+    watch.saved(saver.took_s)
     progress.guard.rollbacks = 0
+    return time.monotonic() - began
 
 
 def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter | None:

@@ -17,7 +17,7 @@ import torch
 from megatron_vlm import cost
 from megatron_vlm.batch import PREFIX_BRANCH, Batch
 from megatron_vlm.config.schema import Config
-from megatron_vlm.train import directory
+from megatron_vlm.train import directory, stragglers
 
 Record = dict[str, Any]
 
@@ -89,6 +89,13 @@ class Reporter:
             self.say(self._line(record))
         elif "eval_loss" in record:
             self.say(f"{_place(step, self.config)}  held-out loss {record['eval_loss']:.4f}")
+
+    def stragglers(self, step: int, ranks: list[stragglers.Times]) -> None:
+        """Where the time of each rank went since the last call: a line of stragglers.jsonl; said where one is slow."""
+        with open(self._folder / "stragglers.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | stragglers.summary(ranks)) + "\n")
+        if words := stragglers.words(ranks):
+            self.say(f"{_place(step, self.config)}  {words}")
 
     def say(self, text: str) -> None:
         """A line for the reader."""

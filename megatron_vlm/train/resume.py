@@ -36,12 +36,14 @@ class Start:
 
 
 def find(config: Config) -> Start:
-    """Look into the run directory and decide, as `run.resume` says. Reads no tensors.
+    """Look into the run directory and decide, as `run.resume` says. Checkpoints that are damaged are passed over.
+
+    Collective: the ranks share the reading of the files.
 
     Raises ValueError where the directory's state does not fit `run.resume`, or the checkpoint's settings differ.
     """
     folder, run = directory.checkpoints(config), directory.path(config)
-    latest = load.latest(folder)
+    latest, faults = load.newest_sound(folder)
     resume = config.run.resume
     if latest is None:
         if resume == "must":
@@ -70,7 +72,8 @@ def find(config: Config) -> Start:
             "Set them back, or start a new run: set run.dir to another directory (with "
             f"init.checkpoint={latest} it starts from these weights)."
         )
-    words = f"Resuming {run} from step {saved.step} ({latest})."
+    words = "".join(f"Passed over: {fault}\n" for fault in faults)
+    words += f"Resuming {run} from step {saved.step} ({latest})."
     return Start(
         latest, None, saved.step, words, saved.state["data"], saved.state["counters"], saved.state.get("guard", {})
     )
@@ -84,7 +87,7 @@ def restore(
     Raises ValueError where the checkpoint is of another model.
     """
     if start.checkpoint is not None:
-        load.load(start.checkpoint, models=models, optimizer=optimizer, config=config)
+        load.load(start.checkpoint, models=models, optimizer=optimizer, config=config, verified=True)
     elif start.weights is not None:
         load.load(start.weights, models=models, config=config)
         # The optimizer's float32 copies were made of the random weights.

@@ -25,6 +25,7 @@ from megatron_vlm.parallel import context, groups
 from megatron_vlm.train import evidence, metrics, optim
 from megatron_vlm.train.evidence import Evidence, Seen
 from megatron_vlm.train.guard import Event
+from megatron_vlm.train.pulse import Pulse
 
 Judge = Callable[[int, Mapping[str, float]], Event | None]
 
@@ -61,6 +62,7 @@ class Stepper:
 
     models:  one per virtual pipeline stage, wrapped by `optim.wrap`.
     sources: names of the data sets that Batch.sources counts.
+    pulse:   told the phases of a step.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Stepper:
         optimizer: MegatronOptimizer | None,
         config: Config,
         sources: Sequence[str],
+        pulse: Pulse | None = None,
     ):
+        self.pulse = pulse or Pulse()
         self.models, self.optimizer, self.config, self.sources = list(models), optimizer, config, tuple(sources)
         self.device = torch.device(torch.cuda.current_device())
         self._divisor = 0.0
@@ -90,6 +94,7 @@ class Stepper:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.pulse.enter("collective")
         weight, work = self._measure(micro_batches)
         if weight == 0:
             rates = optim.set_learning_rates(self.optimizer, self.config, step)
@@ -97,14 +102,17 @@ class Stepper:
         self._seen.clear()
         self._divisor = weight
         outcome = self._outcome(self._run(micro_batches, forward_only=False), weight, work)
+        self.pulse.enter("optimizer")
         self.optimizer.prepare_grads()
         norms = optim.clip(self.optimizer, self.config.optim.clip_norm)
         rates = optim.set_learning_rates(self.optimizer, self.config, step)
-        values = self._agreed({"loss": outcome.loss, **norms})
+        with self.pulse.during("collective"):
+            values = self._agreed({"loss": outcome.loss, **norms})
         event = (judge or _raise)(step, values)
         applied = event is None or event.policy == "note"
         if applied:
             self.optimizer.step_with_ready_grads()
+        self.pulse.enter("other")
         return replace(outcome, norms=norms, rates=rates, event=event, applied=applied)
 
     def evidence(self, outcome: Outcome) -> Evidence:
@@ -132,6 +140,7 @@ class Stepper:
             self._seen.clear()
             done = Work(*map(sum, zip(astuple(done), astuple(work), strict=True)))
             sums += self._run(micro_batches, forward_only=True)
+            self.pulse.enter("other")
         return self._outcome(sums, total, done)
 
     def _measure(self, micro_batches: Sequence[Batch]) -> tuple[float, Work]:
@@ -158,6 +167,7 @@ class Stepper:
             forward_only=forward_only,
         )
         sums = torch.zeros(1 + 2 * len(self.sources), dtype=torch.float64, device=self.device)
+        self.pulse.enter("collective")
         for report in reports:  # of the last pipeline stage; empty elsewhere
             sums += report
         dist.all_reduce(sums, group=groups.data_and_context())
@@ -165,8 +175,11 @@ class Stepper:
         return sums
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        self.pulse.enter("forward")
         batch = next(batches).to(self.device)
-        return model(batch), partial(self._loss, batch)
+        output = model(batch)
+        self.pulse.enter("backward")  # the loss, and what the schedule does until it comes here again
+        return output, partial(self._loss, batch)
 
     def _loss(self, batch: Batch, token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """token_losses: (b, s_local) float32, this context rank's chunk of the rows."""
@@ -185,6 +198,7 @@ class Stepper:
         return weighted.sum(), torch.zeros((), dtype=torch.int, device=self.device), report
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+        self.pulse.enter("collective")
         finalize_model_grads(models, None, **options)
         for model in models:
             model.scale_gradients(1.0 / self._divisor)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.checkpoint import directory
+from megatron_vlm.config.schema import CheckpointConfig
 
 
-def write(folder: Path, step: int, keep: int = 0) -> Path:
+def write(folder: Path, step: int, keep: int = 0, keep_every: int = 0) -> Path:
     (directory.begin(folder, step) / "data").write_text(str(step))
-    return directory.publish(folder, step, keep)
+    return directory.publish(folder, step, CheckpointConfig(keep=keep, keep_every=keep_every))
 
 
 def held(folder: Path) -> list[str]:
@@ -35,6 +36,12 @@ def test_newest_are_kept(tmp_path):
     # Back at step 4 after a resume from elsewhere: what was just written stays, whatever its number.
     write(tmp_path, 4, keep=1)
     assert held(tmp_path) == ["iter_0000004", "latest"]
+
+
+def test_every_mth_is_kept_beside_the_newest(tmp_path):
+    for step in range(1, 12):
+        write(tmp_path, step, keep=2, keep_every=4)
+    assert held(tmp_path) == ["iter_0000004", "iter_0000008", "iter_0000010", "iter_0000011", "latest"]
 
 
 def test_same_step_is_replaced_and_remains_are_cleared(tmp_path):

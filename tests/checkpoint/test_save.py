@@ -15,7 +15,7 @@ from megatron_vlm.parallel.layout import Layout
 from tests.checkpoint import toy
 
 
-def write(directory: Path, steps: tuple[int, ...], keep: int) -> list[str]:
+def write(directory: Path, steps: tuple[int, ...], kept: CheckpointConfig) -> list[str]:
     """Save at each step; names in the directory afterwards."""
     import psutil
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -23,7 +23,7 @@ def write(directory: Path, steps: tuple[int, ...], keep: int) -> list[str]:
     from megatron_vlm.checkpoint import save
 
     models, optimizer = toy.build(Layout(2, tensor=2))
-    config = toy.config(checkpoint=CheckpointConfig(keep=keep))
+    config = toy.config(checkpoint=kept)
     for step in steps:
         path = save.save(directory, models=models, optimizer=optimizer, step=step, config=config, state={"step": step})
         assert path == directory / f"iter_{step:07d}"
@@ -36,7 +36,7 @@ def write(directory: Path, steps: tuple[int, ...], keep: int) -> list[str]:
 def saved(pool, tmp_path_factory) -> Path:
     """One checkpoint, not to be changed."""
     directory = tmp_path_factory.mktemp("saved")
-    pool(2).run(write, directory, (4,), 0)
+    pool(2).run(write, directory, (4,), CheckpointConfig())
     return directory / "iter_0000004"
 
 
@@ -48,7 +48,7 @@ def copy(saved, tmp_path) -> Path:
 
 def test_keeps_the_newest_and_starts_no_process(pool, tmp_path):
     names = ["iter_0000002", "iter_0000003", "latest"]
-    assert pool(2).run(write, tmp_path, (1, 2, 3), 2) == [names, names]
+    assert pool(2).run(write, tmp_path, (1, 2, 3), CheckpointConfig(keep=2)) == [names, names]
 
 
 def test_every_file_is_in_the_manifest(saved):

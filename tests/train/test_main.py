@@ -14,10 +14,9 @@ import yaml
 from megatron_vlm.config import load
 from megatron_vlm.train import __main__ as command
 from tests.data import world as data
+from tests.train.kills import CLOCKS
 
 ROOT = Path(__file__).parents[2]
-#: Keys of metrics.jsonl that differ between two equal runs.
-CLOCKS = ("step_time_s", "data_wait_s", "model_flops_per_s", "mfu", "eval_time_s")
 
 
 @pytest.fixture(scope="module")
