@@ -1,0 +1,89 @@
+"""What a step is said to hold and to cost, counted once more: token by token, pair by pair, operator by operator."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_vlm import cost
+from megatron_vlm.batch import PAD
+from megatron_vlm.config.presets import architecture
+from megatron_vlm.model.mask import Places, marks, places, visible
+from megatron_vlm.parallel.layout import Layout
+from tests.data import world as data
+from tests.model import tiny
+
+
+def _attention(query: Any, key: Any, *others: Any, **options: Any) -> int:
+    """Two products for each pair of query and key that is not masked, as torch's own formulas for other kernels."""
+    heads, queries, size = query.shape[-3:]
+    pairs = queries * key.shape[-2]
+    mask = options.get("attn_mask")
+    if heads == tiny.LANGUAGE.heads and mask is not None:
+        pairs = int((mask == 0).sum())
+    elif len(others) > 2 and others[2]:  # value, dropout, is_causal
+        pairs = queries * (queries + 1) // 2
+    return 4 * query.shape[0] * heads * size * pairs
+
+
+_attention._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
+
+
+@pytest.mark.parametrize("connector", ["attention_pooling", "linear", "mlp"])  # whose windows `tiny` makes
+def test_operations_are_those_that_torch_counts(one_rank, connector):
+    from megatron_vlm.model.build import build
+    from megatron_vlm.train import metrics
+
+    config = tiny.config(tiny.ARCH)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector))
+    (model,) = build(config, Layout(1))
+    arch = architecture(config.model)
+    batch = tiny.batch(arch, [1, 2, 3])
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={flash: _attention}) as counter:
+        model.eval()(batch)
+    flops = cost.forward(arch, metrics.work(batch))
+    assert counter.get_total_flops() == flops.vision + flops.connector + flops.language
+
+
+def test_pairs_are_those_that_the_mask_allows():
+    from megatron_vlm.train import metrics
+
+    for numbers in ([1], [2, 3], [4, 5, 6]):
+        batch = tiny.batch(tiny.ARCH, numbers)
+        counted = 0
+        for row in marks(batch).unbind(1):
+            found = places(row)
+            counted += int(visible(Places(*(x[:, None] for x in found)), Places(*(x[None] for x in found))).sum())
+        assert metrics.work(batch).pairs == counted > 0
+
+
+def test_counters_of_a_step_are_those_of_its_batches(tmp_path):
+    from megatron_vlm.data.loader import Loader, Share
+
+    data.build(tmp_path, sizes={"captions": 12, "pointing": 6, "text": 4})
+    config = data.config(tmp_path, sequence_length=192, max_crops=8, image_crops=2, window=32)
+    placeholder = data.ARCH.token_id("<im_patch>")
+    loader = Loader(config, data.ARCH, Share())
+    try:
+        batches = iter(loader)
+        for _ in range(3):
+            step = next(batches)
+            places_, tokens, images, crops, samples = 0, 0, 0, 0, 0
+            weight = 0.0
+            for batch in step.micro_batches:
+                places_ += batch.tokens.numel()
+                tokens += int((batch.examples != PAD).sum())
+                images += int((batch.tokens == placeholder).sum())
+                crops += len(batch.crops)
+                weight += float(batch.loss_weights.double().sum())
+                samples += sum(len(row[row != PAD].unique()) for row in batch.examples)
+            assert (step.tokens, step.useful_tokens, step.image_tokens) == (places_, tokens, images)
+            assert (step.crops, step.samples) == (crops, samples) and images > 0
+            assert step.global_loss_weight == pytest.approx(weight, rel=1e-6)
+    finally:
+        loader.close()
