@@ -69,7 +69,7 @@ def train(config: Config) -> None:
     from megatron_vlm.parallel import groups
     from megatron_vlm.train import loop
 
-    layout = Layout.of(config.parallel, dist.get_world_size())
+    layout = Layout.of(config, dist.get_world_size())
     groups.initialize(layout, seed=config.train.seed, timeout_s=60)
     loop.train(config, layout)
 
