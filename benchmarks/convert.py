@@ -1,19 +1,21 @@
 """Conversion at a real size: Qwen3-0.6B and SigLIP2 so400m (random weights, bf16), in and out again.
 
-    python benchmarks/convert.py [--work DIR] [--json FILE]
+    python benchmarks/convert.py [--work DIR] [--rounds 3]
 
 Every step runs in a process of its own, whose peak resident memory (mapped file pages included) and wall time are
-measured, start of Python and imports included; beside it, the time to copy the same files through safetensors.
+measured, start of Python and imports included; in turn with it, the time to copy the same files through safetensors.
 Bounds: memory under 1.3 x the largest source shard + 1 GB, time under 2 x the copy.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,10 +34,6 @@ for source in sources:
     for file in sorted(source.glob("*.safetensors")):
         save_file(load_file(file), out / f"{source.name}-{file.name}")
 """
-#: What every command does before it works: start Python, import torch and Megatron.
-START = (
-    "from megatron_vlm.parallel import cpu; cpu.enable('cpu'); from megatron_vlm.convert import exporting, importing"
-)
 
 
 def source(folder: Path, form: str, shard_bytes: int) -> None:
@@ -92,93 +90,132 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(work: Path, name: str, shard_bytes: int) -> list[dict[str, Any]]:
-    """Import and export of sources cut into files of at most `shard_bytes`."""
-    language, vision = work / "language", work / "vision"
+def copy(sources: list[Path], out: Path) -> tuple[float, float, float]:
+    """What the times are compared with."""
+    out.mkdir()
+    return run([sys.executable, "-c", COPY, *map(str, sources), str(out)])
+
+
+def measure(work: Path, name: str, shard_bytes: int, rounds: int) -> list[dict[str, Any]]:
+    """Import and export of sources cut into files of at most `shard_bytes`, each in turn with a copy."""
+    language, vision = sources = [work / name / "language", work / name / "vision"]
     for folder, form in ((language, "qwen"), (vision, "siglip")):
         # In a process of its own: the peak of a process counts from that of the one that starts it.
-        run([sys.executable, __file__, "--make", str(folder), form, str(shard_bytes)])
+        if not folder.exists():
+            run([sys.executable, __file__, "--make", str(folder), form, str(shard_bytes)])
     tool = [sys.executable, str(ROOT / "tools" / "convert_hf.py")]
-    rows: list[dict[str, Any]] = []
-
-    def row(step: str, command: list[str], sources: list[Path], shard: int) -> None:
-        copies = work / "copies"
-        times = []
-        for _ in range(2):
-            shutil.rmtree(copies, ignore_errors=True)
-            copies.mkdir()
-            times.append(run([sys.executable, "-c", COPY, *map(str, sources), str(copies)])[:2])
-        shutil.rmtree(copies)
-        copy_seconds, copy_cpu = min(times)
-        start_seconds, start_cpu, _ = run([sys.executable, "-c", START])
-        seconds, cpu, peak = run(command)
-        bound = 1.3 * shard + 1e9
+    checkpoint, out, copies = (work / name / each for each in ("checkpoint", "out", "copies"))
+    # The checkpoint is the source of an export; its bound is the tighter one of the folders that it came from.
+    steps = {
+        "import": ["--language", str(language), "--vision", str(vision), "--out", str(checkpoint)],
+        "export": ["--format", "parts", "--checkpoint", str(checkpoint), "--out", str(out), "--shard-gb",
+                   str(shard_bytes / 1e9)],
+    }  # fmt: skip
+    found: dict[str, list[tuple[float, float, float]]] = {"import": [], "export": [], "copy": []}
+    for _ in range(rounds):
+        for step, options in steps.items():
+            for folder in (copies, out, *([checkpoint] if step == "import" else [])):
+                shutil.rmtree(folder, ignore_errors=True)
+            found["copy"].append(copy(sources, copies))
+            found[step].append(run([*tool, step, *options]))
+    left = subprocess.run(
+        [*tool, "verify", str(language), str(out / "language")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if left.returncode:
+        raise RuntimeError(f"the language model did not come back as it was: {left.stdout} {left.stderr}")
+    for folder in (copies, out, checkpoint):
+        shutil.rmtree(folder)
+    bound = 1.3 * largest(*sources) + 1e9
+    copied, copied_cpu, _ = (statistics.median(column) for column in zip(*found["copy"], strict=True))
+    rows = []
+    for step in steps:
+        seconds, cpu, _ = (statistics.median(column) for column in zip(*found[step], strict=True))
+        peak = max(peak for *_, peak in found[step])
         rows.append(
             {
                 "source": name,
                 "step": step,
                 "files": sum(len(list(folder.glob("*.safetensors"))) for folder in sources),
                 "gigabytes": round(sum(map(size, sources)) / 1e9, 2),
-                "seconds": round(seconds, 1),
-                "load": round(os.getloadavg()[0], 1),
-                "copy_seconds": round(copy_seconds, 1),
-                "times_copy": round(seconds / copy_seconds, 2),
-                "start_seconds": round(start_seconds, 1),
-                "cpu_seconds": round(cpu, 1),
-                "start_cpu_seconds": round(start_cpu, 1),
-                "copy_cpu_seconds": round(copy_cpu, 1),
+                "seconds": round(seconds, 2),
+                "copy_seconds": round(copied, 2),
+                "times_copy": round(seconds / copied, 2),
+                "cpu_seconds": round(cpu, 2),
+                "copy_cpu_seconds": round(copied_cpu, 2),
                 "peak_gigabytes": round(peak / 1e9, 2),
                 "bound_gigabytes": round(bound / 1e9, 2),
                 "memory_within": peak < bound,
-                "time_within": seconds < 2 * copy_seconds,
+                "time_within": seconds < 2 * copied,
             }
         )
         print(rows[-1], flush=True)
-
-    checkpoint, out = work / "checkpoint", work / "out"
-    command = ["import", "--language", str(language), "--vision", str(vision), "--out", str(checkpoint)]
-    row("import", tool + command, [language, vision], largest(language, vision))
-    command = ["export", "--format", "parts", "--checkpoint", str(checkpoint), "--out", str(out)]
-    command += ["--shard-gb", str(shard_bytes / 1e9)]
-    # The checkpoint is the source of an export; its bound is the tighter one of the folders that it came from.
-    row("export", tool + command, [language, vision], largest(language, vision))
-    left = subprocess.run(
-        [*tool, "verify", str(language), str(out / "language")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    print(left.stdout.strip(), left.stderr.strip() if left.returncode else "")
-    if left.returncode:
-        raise RuntimeError("the language model did not come back as it was")
-    for folder in (language, vision, checkpoint, out):
-        shutil.rmtree(folder)
     return rows
+
+
+def table(rows: list[dict[str, Any]], machine: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Conversion at a real size",
+        "",
+        "Qwen3-0.6B and SigLIP2 so400m, random bf16 weights; `python benchmarks/convert.py`. Medians of "
+        f"{machine['rounds']} runs each, in turn with copies of the same files through safetensors. Bounds: 2 x the "
+        "copy; 1.3 x the largest file + 1 GB.",
+        "",
+        f"Machine: {machine['cores']} cores ({machine['processor']}), Python {machine['python']}, torch "
+        f"{machine['torch']}.",
+        "",
+        "| source | step | seconds | copy, seconds | times the copy | memory, GB | bound, GB |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['files']} files, {row['gigabytes']} GB | {row['step']} | {row['seconds']} | "
+            f"{row['copy_seconds']} | {row['times_copy']} | {row['peak_gigabytes']} | {row['bound_gigabytes']} |"
+            for row in rows
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="where the models are written, about 8 GB (a temporary directory)")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument(
+        "--work", type=Path, help="where the models are written, about 12 GB; sources stay (a temporary directory)"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     parser.add_argument("--make", nargs=3, metavar=("DIR", "FORM", "BYTES"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.make:
         source(Path(asked.make[0]), asked.make[1], int(asked.make[2]))
         return
-    with tempfile.TemporaryDirectory(dir=asked.work) as work:
+    with tempfile.TemporaryDirectory() as temporary:
         rows = [
             row
             for name, shard in (("one file each", 10**10), ("files of 0.35 GB", 350_000_000))
-            for row in measure(Path(work), name, shard)
+            for row in measure(asked.work or Path(temporary), name, shard, asked.rounds)
         ]
-    if asked.json:
-        cpu = platform.processor() or platform.machine()
-        machine = {"cores": os.cpu_count(), "processor": cpu, "python": platform.python_version()}
-        asked.json.write_text(json.dumps({"machine": machine, "steps": rows}, indent=1) + "\n")
-    missed = [f"{row['step']} ({row['source']})" for row in rows if not row["memory_within"]]
-    if missed:
-        sys.exit(f"memory is not within its bound: {', '.join(missed)}")
-    late = [f"{row['step']} ({row['source']})" for row in rows if not row["time_within"]]
-    if late:
-        print(f"Time is not within its bound: {', '.join(late)}. It means something on an idle machine only.")
+    machine = {
+        "cores": os.cpu_count(), "processor": processor(), "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"), "safetensors": importlib.metadata.version("safetensors"),
+        "rounds": asked.rounds,
+    }  # fmt: skip
+    asked.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": machine, "steps": rows}, indent=1) + "\n"
+    (asked.out / "convert.json").write_text(text, encoding="utf-8")
+    (asked.out / "convert.md").write_text(table(rows, machine), encoding="utf-8")
+    for what in ("memory", "time"):
+        missed = [f"{row['step']} ({row['source']})" for row in rows if not row[f"{what}_within"]]
+        if missed:
+            print(f"{what} is not within its bound: {', '.join(missed)}.")
 
 
 if __name__ == "__main__":

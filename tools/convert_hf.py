@@ -18,8 +18,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_vlm.parallel import cpu
-
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
@@ -58,7 +56,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     compares = commands.add_parser("verify", help="compare two of either kind, tensor by tensor")
     compares.add_argument("a", metavar="A")
     compares.add_argument("b", metavar="B")
-    compares.add_argument("--logits", action="store_true", help="also run both on a built-in batch, in float32")
+    compares.add_argument("--logits", action="store_true", help="also run both on a batch, in float32")
+    compares.add_argument(
+        "--batch",
+        metavar="FILE",
+        default="",
+        help="JSON with examples for --logits, e.g. "
+        """[{"images": ["a.jpg", "b.png"], "texts": ["What is it? A cat."]}, {"video": "c.mp4", "texts": ["..."]}]; """
+        "files are found from its folder (a built-in batch)",
+    )
+    compares.add_argument("--tokenizer", metavar="FILE", default="", help="of the texts in --batch (that of A or B)")
     compares.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of logits (default 1e-4)")
 
     fetches = commands.add_parser("download", help="fetch a model from the hub (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE)")
@@ -70,8 +77,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code: 0, or 1 for an error or a difference."""
     asked = arguments(argv)
-    # Before anything imports Megatron. Conversion never uses a GPU.
-    cpu.enable("cpu")
     try:
         return {"import": _import, "export": _export, "verify": _verify, "download": _download}[asked.command](asked)
     except (ValueError, RuntimeError) as error:
@@ -138,7 +143,8 @@ def _export(asked: argparse.Namespace) -> int:
 def _verify(asked: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from megatron_vlm.convert import compare, hub, importing
+    from megatron_vlm.convert import compare, hub
+    from megatron_vlm.parallel import cpu
 
     one, other = (compare.Side.open(hub.local(path)) for path in (asked.a, asked.b))
     with tqdm(desc="verify", unit=" tensors", total=compare.count(one, other), mininterval=1) as bar:
@@ -149,8 +155,12 @@ def _verify(asked: argparse.Namespace) -> int:
     print(f"{count} tensors compared, {len(found)} differences.")
     if not asked.logits:
         return int(bool(found))
-    with importing.alone():
-        apart = compare.logits(one, other)
+    # Before Megatron is imported, which only this needs. No GPU is used.
+    cpu.enable("cpu")
+    from megatron_vlm.convert import answers
+
+    with answers.alone():
+        apart = compare.logits(one, other, asked.batch, asked.tokenizer)
     bad = not apart.logits <= asked.tolerance
     print(
         f"Logits at {apart.places} places differ by up to {apart.logits:.3g} (largest {apart.largest:.3g}), token "

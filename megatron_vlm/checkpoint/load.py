@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,10 @@ from megatron_vlm.checkpoint import directory as names
 from megatron_vlm.checkpoint import sharded, unpickle, verify
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.checkpoint.directory import latest as latest
-from megatron_vlm.checkpoint.save import ARCHITECTURE, CONFIG, STATE
+from megatron_vlm.checkpoint.record import Record as Record
+from megatron_vlm.checkpoint.record import read as read
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a checkpoint says about itself, without its tensors."""
-
-    path: Path
-    """The checkpoint."""
-    step: int
-    """Optimizer steps done."""
-    state: dict[str, Any]
-    """What `save` was given as `state`."""
-    config: dict[str, Any]
-    """Settings of the run that wrote it, nested by section."""
-    architecture: dict[str, Any]
-    """Its model, as the fields of config.architecture.Architecture."""
-
-
-def read(directory: str | Path) -> Record:
-    """The record of the checkpoint at `directory` (itself, the newest in it, or a run's newest). No collectives.
-
-    Raises ValueError where there is none or its files are damaged.
-    """
-    path = names.find(directory)
-    step = verify.read_manifest(path)["step"]
-    return Record(path, step, _json(path / STATE), _json(path / CONFIG), _json(path / ARCHITECTURE))
 
 
 def load(
@@ -152,18 +126,6 @@ def _check_tensors(path: Path, needed: dict[str, tuple[int, ...]], stored: dict[
             "weights with init.checkpoint."
         )
     raise ValueError(f"checkpoint {path} does not fit: {'; '.join(faults)}. {advice}")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: the checkpoint is not complete. Use another checkpoint.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Use another checkpoint.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}. Use another checkpoint.")
-    return value
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

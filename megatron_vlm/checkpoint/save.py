@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +16,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_format
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
 from megatron_vlm.checkpoint import directory as names
-from megatron_vlm.checkpoint import sharded, unpickle, verify
+from megatron_vlm.checkpoint import record, sharded, unpickle, verify
 from megatron_vlm.checkpoint.agree import together
-from megatron_vlm.config import presets
-from megatron_vlm.config.load import to_dict
 from megatron_vlm.config.schema import CheckpointConfig, Config
-
-STATE = "state.json"
-ARCHITECTURE = "architecture.json"
-CONFIG = "config.json"
 
 
 class SaveError(OSError):
@@ -50,18 +42,10 @@ class Synchronous(SaveShardedStrategy):
         flat, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_checkpoint.save(
             torch_format.mcore_to_pyt_state_dict(flat, False),
-            storage_writer=self.writer(checkpoint_dir),
-            planner=self.planner(),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
+            planner=torch_format.MCoreSavePlanner(flatten_state_dict=False),
             process_group=self._group,
         )
-
-    def writer(self, checkpoint_dir: str | Path) -> torch_checkpoint.FileSystemWriter:
-        """What writes the files."""
-        return torch_checkpoint.FileSystemWriter(checkpoint_dir)
-
-    def planner(self) -> torch_format.MCoreSavePlanner:
-        """Where the values come from: the tensors themselves. Conversion overrides it and reads them when needed."""
-        return torch_format.MCoreSavePlanner(flatten_state_dict=False)
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -77,21 +61,19 @@ def save(
     step: int,
     config: Config,
     state: dict[str, Any],
-    strategy: Synchronous | None = None,
 ) -> Path:
     """Write `directory`/iter_<step>, make it the latest, give its path. Every rank calls it with the same arguments.
 
     models:    one per virtual pipeline stage, in data-parallel wrappers or not.
     optimizer: Megatron's optimizer; None = weights only.
     state:     what else a resume needs, the same on all ranks, as JSON can hold it (ValueError otherwise).
-    strategy:  what writes the tensors; None = Synchronous().
     Writes under another name, reads every byte back, then renames; removes checkpoints that `config.checkpoint` does
     not keep. An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
     """
     with together("preparing the checkpoint"):
-        documents = describe(config, state)
+        documents = record.documents(config, state)
     contents = sharded.build(models, optimizer, is_loading=False)
-    return write(Path(directory), contents, documents, step, config.checkpoint, strategy=strategy)
+    return write(Path(directory), contents, documents, step, config.checkpoint)
 
 
 def write(
@@ -102,7 +84,6 @@ def write(
     kept: CheckpointConfig,
     *,
     group: dist.ProcessGroup | None = None,
-    strategy: Synchronous | None = None,
 ) -> Path:
     """Write sharded `contents` and the text files `documents` as the checkpoint of `step`. Collective over `group`.
 
@@ -115,7 +96,7 @@ def write(
             if rank == 0:
                 names.begin(directory, step)
         writing = names.writing_path(directory, step)
-        strategy = strategy or Synchronous(group)
+        strategy = Synchronous(group)
         with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
             # Megatron's dist_checkpointing.save is these four calls, but leaves the other ranks waiting where rank 0
             # cannot write the common part.
@@ -136,26 +117,6 @@ def write(
         if isinstance(error, RuntimeError | OSError):
             raise SaveError(f"there is no checkpoint of step {step}: {error} Earlier ones are untouched.") from error
         raise
-
-
-def describe(config: Config, state: dict[str, Any]) -> dict[str, str]:
-    """The JSON files beside the tensors, by name."""
-    try:
-        state_text = json.dumps(state, indent=1)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the training state cannot be written as JSON: {error}. It may hold numbers, text, lists and dicts."
-        ) from error
-    if json.loads(state_text) != state:
-        raise ValueError(
-            "the training state does not come back equal from JSON: tuples or keys that are not text in it?"
-        )
-    architecture = dataclasses.asdict(presets.architecture(config.model))
-    return {
-        STATE: state_text + "\n",
-        ARCHITECTURE: json.dumps(architecture, indent=1) + "\n",
-        CONFIG: json.dumps(to_dict(config), indent=1) + "\n",
-    }
 
 
 def _check_written(writing: Path, step: int, group: dist.ProcessGroup | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_vlm.checkpoint import save
+from megatron_vlm.checkpoint import record, save
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.checkpoint.snapshot import Snapshot
 from megatron_vlm.config.schema import Config
@@ -52,7 +52,7 @@ class Saver:
             self.took_s = time.monotonic() - began
             return
         with together("preparing the checkpoint"):
-            documents = save.describe(self._config, state)
+            documents = record.documents(self._config, state)
         self._snapshot.take(models, optimizer)
 
         def write() -> None:

@@ -18,10 +18,8 @@ import torch.distributed.checkpoint
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from megatron_vlm.checkpoint.record import OPTIMIZER as OPTIMIZER
 from megatron_vlm.parallel import groups
-
-#: Keys of optimizer tensors in a checkpoint begin so.
-OPTIMIZER = "optimizer."
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.convert.entries import depth
-from megatron_vlm.convert.stored import Checkpoint
+
+if TYPE_CHECKING:
+    from megatron_vlm.convert.stored import Checkpoint
 
 
 def lineage(source: Checkpoint) -> list[str]:

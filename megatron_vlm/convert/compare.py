@@ -16,6 +16,7 @@ from megatron_vlm.convert.entries import Shape, entries
 from megatron_vlm.convert.hf import CONFIG, DTYPES, read_json
 from megatron_vlm.convert.plan import Source, has, plan, with_head
 from megatron_vlm.convert.stored import Checkpoint
+from megatron_vlm.data.tokens import Tokenizer
 
 #: Which part of a model a format holds; the others hold all.
 PART = {"qwen": "language", "siglip": "vision", "clip": "vision"}
@@ -33,6 +34,8 @@ class Side:
     """Shape and dtype by its own key."""
     read: Callable[[str], torch.Tensor]
     source: Source | None
+    tokenizer: str = ""
+    """tokenizer.json or its folder, where the side says one."""
 
     @classmethod
     def open(cls, path: str | Path) -> Side:
@@ -43,7 +46,8 @@ class Side:
             found = Checkpoint(path)
             parts = {name: getattr(found.arch, name) for name in ("vision", "connector", "language")}
             tensors = {key: (shape, found.dtypes[key]) for key, shape in found.shapes.items()}
-            return cls(found.path, "megatron", parts, tensors, found.read, None)
+            tokenizer = found.record.config.get("data", {}).get("tokenizer", "")
+            return cls(found.path, "megatron", parts, tensors, found.read, None, tokenizer)
         where = str(path / CONFIG)
         if fields["model_type"] == "molmo2":
             form, arch = configs.molmo2(fields, where)
@@ -61,7 +65,8 @@ class Side:
             for key, name in source.keys.items()
             for dtype in [source.weights.tensors[name].dtype]
         }
-        return cls(path, form, parts, tensors, source.read, source)
+        tokenizer = str(path) if (path / "tokenizer.json").is_file() else ""
+        return cls(path, form, parts, tensors, source.read, source, tokenizer)
 
     def as_megatron(
         self, other: Side
@@ -136,8 +141,8 @@ def count(one: Side, other: Side) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """How far two models are apart on the built-in batch."""
+class Apart:
+    """How far two models are apart on a batch."""
 
     logits: float
     losses: float
@@ -146,11 +151,16 @@ class Answers:
     """Largest logit of the first model."""
 
 
-def logits(one: Side, other: Side) -> Answers:
+def logits(one: Side, other: Side, batch: str | Path = "", tokenizer: str | Path = "") -> Apart:
     """Run both in float32: our checkpoints by our model, packed into one row; folders by transformers, one by one.
 
-    Images only where both sides have a vision tower. ValueError where a side has no language model.
+    batch: a file as convert.given describes; empty = the built-in one, images and video only where both sides have a
+    vision tower. tokenizer: of the texts in `batch`; empty = that of a side. Inside `answers.alone`.
+    ValueError where a side has no language model, or no tower for what the batch shows.
     """
+    # Only here: they need Megatron and video decoders, which take seconds to import.
+    from megatron_vlm.convert import answers, given
+
     for side in (one, other):
         if "language" not in side.parts:
             raise ValueError(f"{side.path} has no language model, so there are no logits to compare.")
@@ -159,16 +169,25 @@ def logits(one: Side, other: Side) -> Answers:
     tiny = presets.PRESETS["tiny"]
     parts = whole.parts if whole else {"vision": tiny.vision, "connector": tiny.connector, **one.parts}
     arch = Architecture(**parts)
-    chosen = probe.samples(arch, images=images)
+    if batch:
+        setting = tokenizer or next((side.tokenizer for side in (one, other) if side.tokenizer), "")
+        if not setting:
+            raise ValueError("neither side says which tokenizer is the model's. Give one with --tokenizer.")
+        chosen = given.read(batch, arch, Tokenizer.load(setting, arch.language))
+        if not images and any(sample.layouts for sample in chosen):
+            raise ValueError(f"{batch} has images or videos, but one of the sides has no vision tower.")
+    else:
+        chosen = probe.samples(arch, images=images)
     first, second = (
-        probe.theirs(side.path, arch, chosen) if side.source else probe.ours(side.path, chosen) for side in (one, other)
+        answers.theirs(side.path, arch, chosen) if side.source else answers.ours(side.path, chosen)
+        for side in (one, other)
     )
     if first.logits.shape != second.logits.shape:
         raise ValueError(
             f"{one.path} gives logits {list(first.logits.shape)}, {other.path} {list(second.logits.shape)}: their "
             "vocabularies differ."
         )
-    return Answers(
+    return Apart(
         (first.logits - second.logits).abs().max().item(),
         (first.losses(chosen) - second.losses(chosen)).abs().max().item(),
         len(first.logits),

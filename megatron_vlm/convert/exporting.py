@@ -7,18 +7,23 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_vlm.checkpoint import directory, verify
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.convert import card, describe, hf, names, processor
 from megatron_vlm.convert.entries import Entry
 from megatron_vlm.convert.entries import entries as table
 from megatron_vlm.convert.hf import CONFIG, SHARD_BYTES, Planned
-from megatron_vlm.convert.stored import Checkpoint
 from megatron_vlm.data.tokens import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_vlm.convert.stored import Checkpoint
 
 FORMATS = ("transformers", "hub", "parts", "language", "vision")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,35 +54,65 @@ def send(
         raise ValueError(f"--format {form} does not exist; choose one of {', '.join(FORMATS)}.")
     if out.exists():
         raise ValueError(f"{out} exists. Give a directory that does not, or remove this one.")
-    source = Checkpoint(checkpoint)
-    arch = source.arch
-    total = sum(torch.Size(shape).numel() for shape in source.shapes.values())
-    done = 0
-    wanted = DTYPES[dtype] if dtype else None
+    path = directory.find(checkpoint)
+    # Beside all else, as it takes as long as reading; the folder gets its name after it.
+    with ThreadPoolExecutor(1) as thread:
+        verifying = thread.submit(verify.verify, path)
+        try:
+            # Only here: it imports half of torch, beside the first hashes.
+            from megatron_vlm.convert.stored import Checkpoint
 
-    def folder(path: Path, tensors: list[Planned], documents: dict[str, str]) -> dict[str, str]:
-        nonlocal done, total
-        total = max(total, sum(torch.Size(each.shape).numel() for each in tensors))
+            source = Checkpoint(path, verify_first=False)
+            wanted = DTYPES[dtype] if dtype else None
+            folder = _Folder(source, wanted, shard_bytes, progress, verifying.result)
+            return _send(source, out, form, wanted, tokenizer, folder)
+        except Exception:
+            # Where the checkpoint is damaged, that is the reason.
+            verifying.result()
+            raise
+
+
+@dataclass
+class _Folder:
+    """Writes the folders of one export, and tells how far it is."""
+
+    source: Checkpoint
+    wanted: torch.dtype | None
+    shard_bytes: int
+    progress: Progress
+    ready: Callable[[], None]
+    done: int = 0
+
+    def __call__(self, path: Path, tensors: list[Planned], documents: dict[str, str]) -> dict[str, str]:
+        """Write one; the SHA-256 of each file."""
+        numbers = {key: torch.Size(shape).numel() for key, shape in self.source.shapes.items()}
+        kind = self.wanted or next(iter(self.source.dtypes.values()))
+        total = max(sum(numbers.values()) * kind.itemsize, self.done + sum(each.bytes for each in tensors))
 
         def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total * (wanted or next(iter(source.dtypes.values()))).itemsize)
+            self.done += count
+            self.progress(self.done, total)
 
-        return hf.write(path, tensors, documents, shard_bytes=shard_bytes, progress=advance)
+        return hf.write(path, tensors, documents, shard_bytes=self.shard_bytes, progress=advance, ready=self.ready)
 
+
+def _send(
+    source: Checkpoint, out: Path, form: str, wanted: torch.dtype | None, tokenizer: str, folder: _Folder
+) -> dict[str, str]:
+    arch = source.arch
     name = _TORCH_NAMES[wanted or source.dtypes["language.decoder.final_layernorm.weight"]]
     settings = source.record.config.get("data", {})
+    tokenizer = tokenizer or settings.get("tokenizer", "")
     if form in ("language", "vision"):
-        return folder(out, *_single(source, form, wanted, name, tokenizer or settings.get("tokenizer", "")))
+        return folder(out, *_single(source, form, wanted, name, tokenizer))
     if form == "parts":
-        return _parts(source, out, folder, wanted, name, tokenizer or settings.get("tokenizer", ""))
+        return _parts(source, out, folder, wanted, name, tokenizer)
     _check_molmo2(arch)
     which = "native" if form == "transformers" else "hub"
     config = describe.native(arch, name) if which == "native" else describe.hub(arch, name)
     documents = {
         CONFIG: _json(config),
-        **processor.tokenizer_files(tokenizer or settings.get("tokenizer", ""), arch),
+        **processor.tokenizer_files(tokenizer, arch),
         **processor.processor_files(arch, settings.get("image_crops", 8)),
         "README.md": card.molmo2(source, name, settings.get("image_crops", 8)),
     }
@@ -166,7 +201,7 @@ def _constant(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Calla
 def _parts(
     source: Checkpoint,
     out: Path,
-    folder: Callable[..., dict[str, str]],
+    folder: _Folder,
     wanted: torch.dtype | None,
     dtype: str,
     tokenizer: str,

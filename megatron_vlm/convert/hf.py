@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_vlm.convert.entries import Shape
@@ -219,6 +221,16 @@ class Planned:
     def bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
+    def made(self, path: Path) -> torch.Tensor:
+        """The tensor, contiguous, for the file `path`. RuntimeError where it is not what was planned."""
+        tensor = self.make()
+        if tensor.dtype != self.dtype or tuple(tensor.shape) != self.shape:
+            raise RuntimeError(
+                f"{path}: tensor {self.key} became {tensor.dtype} {list(tensor.shape)}; planned {self.dtype} "
+                f"{list(self.shape)}."
+            )
+        return tensor.contiguous()
+
 
 def write(
     directory: str | Path,
@@ -227,11 +239,13 @@ def write(
     *,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda bytes: None,
+    ready: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
     """Write a folder: `tensors` in files of at most `shard_bytes`, and `documents` by file name.
 
-    Under another name first; every byte is read back and compared by hash, then the folder gets its name. Gives the
-    SHA-256 of each file. Raises ValueError where the folder exists, RuntimeError where writing fails; nothing is left.
+    Under another name first; every byte is read back and compared, then, after `ready` has returned, the folder gets
+    its name. Gives the SHA-256 of each file. Raises ValueError where the folder exists, RuntimeError where writing
+    fails; nothing is left.
     """
     directory = Path(directory)
     if directory.exists():
@@ -242,17 +256,22 @@ def write(
     try:
         digests = _write_tensors(writing, list(tensors), shard_bytes, progress)
         for name, text in documents.items():
-            data = text.encode("utf-8")
-            (writing / name).write_bytes(data)
-            digests[name] = hashlib.sha256(data).hexdigest()
-        for name, digest in digests.items():
-            _check_written(writing / name, digest)
+            digests[name] = _write_text(writing / name, text)
+        ready()
         os.rename(writing, directory)
     except OSError as error:
         raise RuntimeError(f"writing {directory} failed: {error}. Is the disk full?") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return digests
+
+
+def _write_text(path: Path, text: str) -> str:
+    data = text.encode("utf-8")
+    path.write_bytes(data)
+    if path.read_bytes() != data:
+        raise _unsound(path)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _write_tensors(
@@ -270,9 +289,7 @@ def _write_tensors(
     if count > 1:
         weight_map = {each.key: name for name, shard in zip(names, shards, strict=True) for each in shard}
         index = {"metadata": {"total_size": sum(each.bytes for each in tensors)}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (writing / INDEX).write_text(text, encoding="utf-8")
-        digests[INDEX] = hashlib.sha256(text.encode()).hexdigest()
+        digests[INDEX] = _write_text(writing / INDEX, json.dumps(index, indent=2) + "\n")
     return digests
 
 
@@ -289,33 +306,57 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], No
         at += each.bytes
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    # Hashing takes as long as writing, and lets go of the interpreter.
-    with path.open("wb") as stream, ThreadPoolExecutor(1) as hasher:
-        begin = struct.pack("<Q", len(text)) + text
-        stream.write(begin)
-        hashing = hasher.submit(digest.update, begin)
-        for each in tensors:
-            tensor = each.make()
-            if tensor.dtype != each.dtype or tuple(tensor.shape) != each.shape:
-                raise RuntimeError(
-                    f"{path}: tensor {each.key} became {tensor.dtype} {list(tensor.shape)}; planned {each.dtype} "
-                    f"{list(each.shape)}."
-                )
-            view = bytes_of(tensor.contiguous()) if tensor.numel() else b""
-            # One tensor waits for its hash while the next is made.
-            hashing.result()
-            hashing = hasher.submit(digest.update, view)
-            stream.write(view)
-            progress(each.bytes)
-        hashing.result()
-        stream.flush()
+    checker = _Checker(path)
+    with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as thread:
+        checking: Future[None] | None = None
+        for data in _contents(struct.pack("<Q", len(text)) + text, tensors, path, progress):
+            at = stream.tell()
+            _write_all(stream, data)
+            # One tensor waits for its check while the next is made: hashing takes as long as writing.
+            if checking is not None:
+                checking.result()
+            checking = thread.submit(checker.check, at, data)
+        assert checking is not None
+        checking.result()
         os.fsync(stream.fileno())
-    return digest.hexdigest()
+    return checker.digest.hexdigest()
 
 
-def _check_written(path: Path, digest: str) -> None:
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != digest:
-        raise RuntimeError(f"{path} does not hold what was written to it. Is the disk sound?")
+def _contents(
+    begin: bytes, tensors: list[Planned], path: Path, progress: Callable[[int], None]
+) -> Iterator[memoryview]:
+    yield memoryview(begin)
+    for each in tensors:
+        tensor = each.made(path)
+        if tensor.numel():
+            yield bytes_of(tensor)
+        progress(each.bytes)
+
+
+def _write_all(stream: io.FileIO, data: memoryview) -> None:
+    """A call writes 2 GiB at most."""
+    while len(data):
+        data = data[stream.write(data) :]
+
+
+class _Checker:
+    """Reads back what was just written to a file, compares it with what it should be, and hashes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.digest = hashlib.sha256()
+        self._path, self._buffer = path, memoryview(bytearray(1 << 22))
+
+    def check(self, at: int, data: memoryview) -> None:
+        """Compare the file from byte `at` on. RuntimeError where it holds something else."""
+        with self._path.open("rb", buffering=0) as stream:
+            stream.seek(at)
+            while len(data):
+                found = self._buffer[: stream.readinto(self._buffer[: len(data)])]
+                expected, data = data[: len(found)], data[len(found) :]
+                if not len(found) or not np.array_equal(np.frombuffer(found, "u1"), np.frombuffer(expected, "u1")):
+                    raise _unsound(self._path)
+                self.digest.update(found)
+
+
+def _unsound(path: Path) -> RuntimeError:
+    return RuntimeError(f"{path} does not hold what was written to it. Is the disk sound?")

@@ -1,52 +1,24 @@
 """Hugging Face weights -> a checkpoint of the trainer, for any layout. One process, no GPU, one tensor at a time.
 
-The model is built without memory (torch's meta device): it says which tensors a checkpoint has. The table of names says
-where each comes from. Nothing is read before every source tensor has a use and every target a source.
+The table of names says which tensors a checkpoint has and where each comes from. Nothing is read before every source
+tensor has a use and every target a source. Megatron is not needed, and its start-up takes as long as all the rest.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_vlm.checkpoint import save, sharded
+from megatron_vlm.checkpoint import record
 from megatron_vlm.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from megatron_vlm.convert import configs
+from megatron_vlm.convert import configs, plan, writing
 from megatron_vlm.convert.entries import Shape
-from megatron_vlm.convert.hf import CONFIG, read_json
-from megatron_vlm.convert.lazy import Lazy
-from megatron_vlm.convert.plan import OWN, Source, plan, with_head
-from megatron_vlm.model.build import build
-from megatron_vlm.parallel import groups
-from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.convert.hf import CONFIG, Planned, read_json
+from megatron_vlm.convert.plan import OWN, Source, with_head
 
 PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """torch.distributed and Megatron's groups for this process alone, without a launcher, a port or a GPU.
-
-    parallel.cpu.enable("cpu") must have been called before Megatron was imported. Groups that exist already serve too.
-    """
-    # Megatron of its own defaults; nobody who converts can act on that.
-    warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
-    if dist.is_initialized():
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        groups.initialize(Layout(1))
-        yield
-    finally:
-        groups.destroy()
-        dist.destroy_process_group()
 
 
 def parts(
@@ -110,32 +82,24 @@ def bring(
     config = Config(
         model=model, train=TrainConfig(seed=seed, precision=precision), data=DataConfig(tokenizer=tokenizer)
     )
-    with alone():
-        models, shapes = empty_model(config)
-        made = plan(configs.architecture(model), sources, shapes, seed)
-        dtype = PRECISIONS[precision]
-        total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
-        done = 0
+    arch = configs.architecture(model)
+    shapes = plan.tensors(arch)
+    made = plan.plan(arch, sources, shapes, seed)
+    dtype = PRECISIONS[precision]
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for shape in shapes.values())
+    done = 0
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
 
-        return save.save(
-            out,
-            models=models,
-            optimizer=None,
-            step=0,
-            config=config,
-            state={"lineage": made.lineage()},
-            strategy=Lazy(made.make, dtype, advance),
-        )
+    def planned(key: str, shape: Shape) -> Planned:
+        return Planned(key, dtype, shape, lambda: made.make(key).to(dtype))
 
-
-def empty_model(config: Config) -> tuple[list[Any], dict[str, Shape]]:
-    """The models of a configuration without memory, and the shapes of their checkpoint's tensors."""
-    with torch.device("meta"):
-        models = build(config, Layout(1))
-    tensors = sharded.tensors(sharded.build(models, None, is_loading=False))
-    return models, {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+    return writing.write(
+        out,
+        [planned(key, shape) for key, shape in shapes.items()],
+        record.documents(config, {"lineage": made.lineage()}),
+        progress=advance,
+    )

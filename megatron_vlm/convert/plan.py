@@ -16,7 +16,8 @@ from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.convert import names
 from megatron_vlm.convert.entries import Entry, Shape, depth, entries
 from megatron_vlm.convert.hf import CONFIG, DTYPES, Weights, read_json
-from megatron_vlm.model import state
+from megatron_vlm.model.initial import initial
+from megatron_vlm.plan import params
 
 #: The form of a folder with our own names and layouts: a connector that no class in transformers has.
 OWN = "own"
@@ -95,12 +96,21 @@ class Plan:
     def make(self, target: str) -> torch.Tensor:
         """The whole value of a target, in the source's dtype."""
         if target not in self.origins:
-            drawn = state.initial(target, self.shapes[target], self.seed, self.arch.init_std)
+            drawn = initial(target, self.shapes[target], self.seed, self.arch.init_std)
             return torch.ones(self.shapes[target]) if drawn is None else drawn
         source, entry = self.origins[target]
         if entry is None:
             return source.read(target)
         return entry.tensors("megatron", entry.parts(source.form, source.read))[target]
+
+
+def tensors(arch: Architecture) -> dict[str, Shape]:
+    """The tensors of a checkpoint of this model, by name. The table has all but other connectors than Molmo2's."""
+    whole = params.of_stage(arch, params.Stage(first=True, last=True, layers=arch.language.layers), 1)
+    shapes = {
+        key: shape for entry in entries(arch) if not entry.copy for key, shape in entry.stored("megatron").items()
+    }
+    return shapes | {each.name: each.shape for each in whole if each.name.startswith("connector.")}
 
 
 def plan(arch: Architecture, sources: Sequence[Source], shapes: Mapping[str, Shape], seed: int) -> Plan:

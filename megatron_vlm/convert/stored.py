@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_vlm.checkpoint import load, sharded, unpickle, verify
+from megatron_vlm.checkpoint import record, unpickle, verify
 from megatron_vlm.config.architecture import (
     Architecture,
     ConnectorArchitecture,
@@ -23,19 +23,22 @@ from megatron_vlm.convert.entries import Shape
 class Checkpoint:
     """The weights of a checkpoint, of the newest in a folder or of a run's newest. Optimizer state is left out.
 
-    Files are verified by hash first. Raises ValueError for damage, and where there is none.
+    Raises ValueError for damage, and where there is none.
+    verify_first: compare all files with the manifest by hash, which takes as long as reading them twice. False = the
+    caller does so before anybody relies on what was read; reading runs no code either way.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.record = load.read(directory)
+    def __init__(self, directory: str | Path, *, verify_first: bool = True) -> None:
+        self.record = record.read(directory)
         self.path = self.record.path
-        verify.verify(self.path)
+        if verify_first:
+            verify.verify(self.path)
         metadata = unpickle.read_metadata(self.path, verify.files(self.path))
         self.arch = architecture(self.record.architecture)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(sharded.OPTIMIZER):
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(record.OPTIMIZER):
                 self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
         self._metadata = metadata
         self._last: tuple[str, torch.Tensor] | None = None

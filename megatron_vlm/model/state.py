@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from megatron.core.dist_checkpointing.mapping import (
@@ -17,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
+from megatron_vlm.model.initial import initial
 from megatron_vlm.model.language import Language
 
 
@@ -73,32 +72,3 @@ def initialize(models: Iterable[MegatronModule], seed: int, std: float) -> None:
         if whole is not None:
             ends = zip(shard.global_offset, shard.local_shape, strict=True)
             shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ends)])
-
-
-def initial(key: str, shape: Sequence[int], seed: int, std: float) -> torch.Tensor | None:
-    """The whole initial value of a parameter, by its checkpoint name, float32; None = ones, as norms are built."""
-    name = key.rsplit(".", 1)[-1]
-    if name == "bias":
-        return torch.zeros(tuple(shape))
-    if name == "position_embedding" and not std:
-        return _sines(*shape)
-    if len(shape) > 1 or name == "class_token":
-        digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        return torch.randn(tuple(shape), generator=generator) * (std or shape[-1] ** -0.5)
-    return None
-
-
-def _sines(tokens: int, width: int) -> torch.Tensor:
-    """Positions of the patches of a square crop, (tokens, width): sines and cosines of row and column.
-
-    A quarter of the width each; frequencies from half a wave to 8 waves per side; spread 0.7. A class token, which
-    stands before the patches, gets zeros, and so does what is left of the width.
-    """
-    side, quarter = math.isqrt(tokens), width // 4
-    place = (torch.arange(side) + 0.5) / side
-    waves = torch.pi * 2.0 ** (torch.arange(quarter) * 4 / quarter)
-    row, column = (x.flatten()[:, None] * waves for x in torch.meshgrid(place, place, indexing="ij"))
-    whole = torch.zeros(tokens, width)
-    whole[tokens - side**2 :, : 4 * quarter] = torch.cat((row.sin(), row.cos(), column.sin(), column.cos()), dim=1)
-    return whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,42 +33,69 @@ def exported(request, tmp_path_factory) -> tuple[Path, Path]:
     return checkpoint, base / "out"
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_processor_and_greedy_answer_are_ours(exported, name):
-    declare_operators()
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def same_answer(exported: tuple[Path, Path], inputs: Any, mine: Any) -> None:
+    """32 greedy tokens of transformers' model equal ours."""
+    from transformers import AutoModelForImageTextToText
 
     from megatron_vlm.checkpoint import load
     from megatron_vlm.config.schema import Config, ModelConfig
-    from megatron_vlm.convert import importing
+    from megatron_vlm.convert import answers
     from megatron_vlm.evaluate.generate import generate
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel.layout import Layout
 
     checkpoint, folder = exported
-    draw = np.random.default_rng(1)
-    pixels = [draw.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in IMAGES[name]]
-    content = [{"type": "image", "image": Image.fromarray(image)} for image in pixels]
-    message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}
-    processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor.apply_chat_template(
-        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    mine = world.prompt(world.ARCH, world.tokenizer(), pixels, QUESTION, CROPS)
     assert inputs["input_ids"][0].tolist() == [*mine.prefix, *mine.questions[0]]
-    if pixels:
-        assert torch.equal(inputs["image_token_pooling"], torch.from_numpy(mine.windows))
-        torch.testing.assert_close(inputs["pixel_values"], torch.from_numpy(mine.crops).float() / 127.5 - 1)
-
     model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     said = model.eval().generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :].tolist()
     tokenizer = Tokenizer(world.tokenizer(), world.ARCH.language)
-    with importing.alone():
+    with answers.alone():
         (own,) = build(Config(model=ModelConfig(preset="like_8b")), Layout(1))
         load.load(checkpoint, models=[own])
         ((answer,),) = generate(own, [mine], tokenizer, max_new_tokens=32)
     assert said == answer and len(answer) == 32 and len(set(answer)) > 4
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_processor_and_greedy_answer_are_ours(exported, name):
+    declare_operators()
+    from transformers import AutoProcessor
+
+    draw = np.random.default_rng(1)
+    pixels = [draw.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in IMAGES[name]]
+    content = [{"type": "image", "image": Image.fromarray(image)} for image in pixels]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}
+    processor = AutoProcessor.from_pretrained(exported[1])
+    inputs = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    mine = world.prompt(world.ARCH, world.tokenizer(), QUESTION, pixels=pixels, most_crops=CROPS)
+    if pixels:
+        assert torch.equal(inputs["image_token_pooling"], torch.from_numpy(mine.windows))
+        torch.testing.assert_close(inputs["pixel_values"], torch.from_numpy(mine.crops).float() / 127.5 - 1)
+    same_answer(exported, inputs, mine)
+
+
+def test_a_video_goes_through_the_processor_as_ours_does(exported):
+    declare_operators()
+    from transformers import AutoProcessor
+
+    draw = np.random.default_rng(2)
+    film = draw.integers(0, 256, (24, 48, 64, 3), dtype=np.uint8)  # 2.4 s of ten frames a second
+    content = [{"type": "video", "video": film}, {"type": "text", "text": QUESTION}]
+    processor = AutoProcessor.from_pretrained(exported[1])
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt", video_metadata=[{"fps": 10.0, "total_num_frames": 24, "duration": 2.4}],
+    )  # fmt: skip
+    shown = [0, 6, 12, 18]
+    assert inputs["video_grids"].tolist() == [[4, 2, 2]]
+    times = [number / 10 for number in shown]
+    mine = world.prompt(world.ARCH, world.tokenizer(), QUESTION, frames=film[shown], times=times)
+    assert torch.equal(inputs["video_token_pooling"], torch.from_numpy(mine.windows))
+    torch.testing.assert_close(inputs["pixel_values_videos"], torch.from_numpy(mine.crops).float() / 127.5 - 1)
+    same_answer(exported, inputs, mine)
 
 
 def test_chat_template_writes_turns_as_training_does(exported):

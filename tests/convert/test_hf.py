@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -129,16 +130,25 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_what_comes_back_from_the_disk_is_compared(tmp_path, monkeypatch):
-    def flip(handle: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+    write = hf._write_all
 
-    monkeypatch.setattr(hf.os, "fsync", flip)
+    def flip(stream, data) -> None:
+        changed = bytearray(data)
+        changed[-1] ^= 1
+        write(stream, memoryview(changed))
+
+    monkeypatch.setattr(hf, "_write_all", flip)
     with pytest.raises(RuntimeError, match="model.safetensors does not hold what was written"):
         hf.write(tmp_path / "out", planned({"a": torch.zeros(2)}), {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("numbers", [1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_digests_are_those_of_the_files(tmp_path, numbers):
+    """Around the size that is read back at once."""
+    tensors = {"a": torch.randn(numbers), "b": torch.randn(3)}
+    for name, digest in hf.write(tmp_path / "out", planned(tensors), {"config.json": "{}"}).items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
 
 
 def test_nothing_is_overwritten(tmp_path):

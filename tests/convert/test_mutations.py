@@ -194,12 +194,12 @@ def test_logits_find_what_the_table_has_wrong(source, tmp_path, monkeypatch, nam
 
 
 def test_disk_full_while_importing_leaves_nothing(source, tmp_path, monkeypatch):
-    from megatron_vlm.convert import lazy
+    from megatron_vlm.convert import writing
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lazy.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(RuntimeError, match="No space left on device.*Is the disk full"):
         world.bring(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))

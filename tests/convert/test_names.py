@@ -11,6 +11,7 @@ from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config, ModelConfig
 from megatron_vlm.convert import describe
 from megatron_vlm.convert.entries import entries
+from megatron_vlm.parallel.layout import Layout
 from tests.convert import world
 from tests.torchvision import declare_operators
 
@@ -54,23 +55,27 @@ def test_released_checkpoints_have_706_tensors_of_the_published_sizes(preset):
     assert shapes["model.vision_backbone.image_pooling_2d.wk.weight"] == (1152, 2304)
 
 
-ALL = ["molmo2_4b", "molmo2_8b", "qwen3_0.6b", "qwen2.5_0.5b_clip", "like_4b"]
+MODELS = [
+    *(ModelConfig(preset) for preset in ("molmo2_4b", "molmo2_8b", "qwen3_0.6b", "qwen2.5_0.5b_clip", "like_4b")),
+    *(ModelConfig("like_8b", kind, taps) for kind, taps in (("linear", ()), ("mlp", (1,)), ("resampler", (2, 0)))),
+]
 
 
-@pytest.mark.parametrize("preset", ALL)
-def test_the_table_fills_every_tensor_of_our_model_once(preset):
-    from megatron_vlm.convert import importing
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.preset} {model.connector}".strip())
+def test_the_table_fills_every_tensor_of_our_model_once(model):
+    """Built without memory, and asked by Megatron's means which tensors its checkpoint has."""
+    from megatron_vlm.checkpoint import sharded
+    from megatron_vlm.convert import answers, configs, plan
+    from megatron_vlm.model.build import build
 
-    with importing.alone():
-        _, shapes = importing.empty_model(Config(model=ModelConfig(preset=preset)))
-    table: dict[str, tuple[int, ...]] = {}
-    for entry in entries(presets.PRESETS[preset]):
-        if not entry.copy:
-            assert not table.keys() & entry.stored("megatron").keys()
-            table |= entry.stored("megatron")
-    # Connectors other than Molmo2's are in no other format, so not in the table.
-    other = presets.PRESETS[preset].connector.kind != "attention_pooling"
-    assert table == {key: shape for key, shape in shapes.items() if not (other and key.startswith("connector."))}
+    with answers.alone(), torch.device("meta"):
+        built = build(Config(model=model), Layout(1))
+        tensors = sharded.tensors(sharded.build(built, None, is_loading=False))
+        shapes = {tensor.key: tuple(tensor.global_shape) for tensor in tensors}
+    arch = configs.architecture(model)
+    assert plan.tensors(arch) == shapes
+    filled = [key for entry in entries(arch) if not entry.copy for key in entry.stored("megatron")]
+    assert len(filled) == len(set(filled))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vlm.batch import PAD
 from megatron_vlm.config import presets
 from megatron_vlm.config.architecture import Architecture
-from megatron_vlm.config.geometry import ImageLayout, image_geometry, image_layout
+from megatron_vlm.config.geometry import Layout, VideoLayout, frame_layout, image_geometry, image_layout
 from megatron_vlm.data import crops, tokens
 from megatron_vlm.data.tokens import Tokenizer
+from megatron_vlm.data.tree import prefix_tokens
 from tests.model import tiny
 from tests.torchvision import declare_operators
 
@@ -188,9 +189,9 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def apart(one: Path, other: Path) -> float:
     """What `verify --logits` prints: the largest difference of a logit."""
-    from megatron_vlm.convert import compare, importing
+    from megatron_vlm.convert import answers, compare
 
-    with importing.alone():
+    with answers.alone():
         return compare.logits(compare.Side.open(one), compare.Side.open(other)).logits
 
 
@@ -207,36 +208,32 @@ def assert_same_bytes(one: Path, other: Path) -> None:
         assert value.dtype == right[key].dtype and torch.equal(value, right[key]), key
 
 
-def block(layout: ImageLayout, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one image."""
-    (down, across), (rows, columns) = layout.global_grid, layout.high_grid
-    patch, end = tokenizer.im_patch, tokenizer.new_token("<im_end>")
-    row = [*[patch] * columns, tokenizer.new_token("<im_col>")]
-    start = tokenizer.new_token("<low_res_im_start>")
-    return [start, *[patch] * (down * across), end, tokenizer.new_token("<im_start>"), *row * rows, end]
+def prompt(
+    arch: Architecture,
+    definition: str,
+    question: str,
+    *,
+    pixels: Sequence[np.ndarray] = (),
+    frames: Sequence[np.ndarray] = (),
+    times: Sequence[float] = (),
+    most_crops: int = 8,
+) -> Any:
+    """What our own generation starts from: images, or the frames of a video shown at `times`, and a question.
 
-
-def prompt(arch: Architecture, definition: str, pixels: list[np.ndarray], question: str, most_crops: int) -> Any:
-    """What our own generation starts from. definition: a tokenizer.json."""
+    definition: a tokenizer.json.
+    """
     from megatron_vlm.evaluate.generate import Prompt
 
-    geometry = image_geometry(arch, most_crops)
-    tokenizer = Tokenizer(definition, arch.language)
-    layouts = [image_layout(image.shape[1], image.shape[0], geometry) for image in pixels]
+    geometry, tokenizer = image_geometry(arch, most_crops), Tokenizer(definition, arch.language)
+    layouts: list[Layout] = [image_layout(image.shape[1], image.shape[0], geometry) for image in pixels]
     cut = [crops.cut(image, layout, geometry) for image, layout in zip(pixels, layouts, strict=True)]
-    tables, first = [np.empty((0, 4), np.int64)], 0
-    for layout, taken in zip(layouts, cut, strict=True):
-        table = crops.windows(layout, geometry)
-        tables.append(np.where(table == PAD, PAD, table + first))
-        first += taken.shape[0] * taken.shape[1]
+    if len(frames):
+        layouts.append(VideoLayout(tuple(times), 0.0, frame_layout(geometry)))
+        cut += [crops.cut(frame, frame_layout(geometry), geometry.frame) for frame in frames]
     empty = np.empty((0, arch.vision.patches, arch.vision.patch_values), np.uint8)
-    prefix = [tokenizer.bos]
-    for number, layout in enumerate(layouts, start=1):
-        prefix += tokenizer.encode(f"Image {number}") if len(layouts) > 1 else []
-        prefix += block(layout, tokenizer)
     return Prompt(
-        prefix,
+        prefix_tokens(tuple(layouts), tokenizer)[0].tolist(),
         [tokenizer.user_turn(question, first=True)],
         np.concatenate([empty, *cut]),
-        np.concatenate(tables),
+        crops.row_windows(layouts, geometry),
     )
