@@ -171,6 +171,7 @@ def _language_config(arch: Architecture, config: Config, layout: Layout, setting
         add_qkv_bias=decoder.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
+        use_te_activation_func=True,  # Megatron's name for: the spec says which module; ours is activation.SwiGlu
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,7 +21,9 @@ from torch import nn
 
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.model import replicated
+from megatron_vlm.model.activation import SwiGlu
 from megatron_vlm.model.full_attention import FullAttention
+from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_vlm.model.pooling import WindowAttention, WindowAttentionSubmodules, WindowMean
 from megatron_vlm.model.resampler import Resampler
 
@@ -112,7 +113,11 @@ def _projector_config(arch: Architecture, settings: Settings, **sizes: Any) -> T
 def _mlp(config: TransformerConfig, width_in: int, groups: ProcessGroupCollection) -> MLP:
     return MLP(
         config,
-        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        MLPSubmodules(
+            linear_fc1=ColumnParallelLinear,
+            activation_func=SwiGlu if config.gated_linear_unit else None,
+            linear_fc2=RowParallelLinear,
+        ),
         input_size=width_in,
         ffn_hidden_size=config.ffn_hidden_size,
         tp_group=groups.tp,
@@ -149,6 +154,7 @@ def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGro
         ffn_hidden_size=arch.connector.mlp,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
+        use_te_activation_func=True,  # the spec's module: SwiGlu
         add_bias_linear=False,
     )
     return Connector(config, pooling, _mlp(config, arch.connector.width, groups), 1, groups)

@@ -33,3 +33,27 @@ class FullAttention(nn.Module):
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class CropAttention(nn.Module):
+    """The same slot for crops that stand one after the other in one sequence: each of `tokens` sees its own crop.
+
+    One sequence, because Megatron's order (sequence before batch) would have every product copy what it reads.
+    """
+
+    def __init__(self, config: TransformerConfig, tokens: int, softmax_scale: float | None = None, **unused: Any):
+        super().__init__()
+        self.tokens, self.scale = tokens, softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """(crops x tokens, 1, heads, size), keys and values alike -> (crops x tokens, 1, heads x size)."""
+        crops = (x.unflatten(0, (-1, self.tokens))[:, :, 0].transpose(1, 2) for x in (query, key, value))
+        out = nn.functional.scaled_dot_product_attention(*crops, scale=self.scale)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)[:, None]

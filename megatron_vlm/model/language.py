@@ -1,6 +1,6 @@
 """The decoder: token embeddings, a Megatron TransformerBlock, the head. Qwen3 and Qwen2.5 differ by settings only.
 
-Letters: b rows, s tokens in a row, t tokens of this rank's part of the row, d numbers in a head.
+Letters: b rows, s tokens in a row, t tokens of this rank's part of the row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_vlm.config.architecture import LanguageArchitecture
+from megatron_vlm.model import rotary
 from megatron_vlm.model.dropout import DropoutSettings
 from megatron_vlm.model.norm import RMSNorm
 from megatron_vlm.model.specs import decoder_layer
@@ -109,13 +110,6 @@ class Language(MegatronModule):
                 return head.weight
         return self.embedding_weight if self.decoder.post_process else None
 
-    def rotary(self, positions: torch.Tensor) -> torch.Tensor:
-        """Angles of RoPE for explicit positions (b, t) -> (t, b, 1, d) float32."""
-        # float32 whatever the model's dtype: bf16 cannot hold positions beyond 256.
-        pairs = torch.arange(0, self.arch.head_dim, 2, dtype=torch.float32, device=positions.device)
-        angles = positions.t()[..., None].float() / self.arch.rope_theta ** (pairs / self.arch.head_dim)
-        return torch.cat([angles, angles], dim=-1)[:, :, None]
-
     def decode(self, hidden: torch.Tensor | None, marks: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run this stage's layers.
 
@@ -123,7 +117,8 @@ class Language(MegatronModule):
         parallelism t is this tensor-parallel rank's part. marks: (5, b, s), the whole row. positions: (b, t of the
         context rank). Out: as hidden.
         """
-        return self.decoder(hidden, attention_mask=marks, rotary_pos_emb=self.rotary(positions))
+        table = rotary.table(positions, self.arch.rope_theta, self.arch.head_dim, self.config.params_dtype)
+        return self.decoder(hidden, attention_mask=marks, rotary_pos_emb=table)
 
 
 def _head(

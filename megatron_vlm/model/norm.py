@@ -50,5 +50,26 @@ class RMSNorm(_Norm):
 
         Statistics in float32, the product with the weight in the model's dtype: the order in which Qwen3 was trained.
         """
+        return _RmsNorm.apply(x, self.weight, self.eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """As one function because autograd would keep float32 copies of x, two of them in bf16."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x32 * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (gradient * normed.to(x.dtype)).flatten(0, -2).sum(0)
+        along = (gradient * weight).float()
+        dot = (along * normed).mean(-1, keepdim=True)
+        return torch.addcmul(along, normed, dot, value=-1).mul_(scale).to(x.dtype), grad_weight, None

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import (
     CrossAttention,
     CrossAttentionSubmodules,
@@ -27,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from megatron_vlm.model.full_attention import FullAttention
+from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_vlm.model.norm import LayerNorm
 from megatron_vlm.model.pooling import take, visible_slots
 

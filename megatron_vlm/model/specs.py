@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -13,16 +12,19 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vlm.config.architecture import LanguageArchitecture
+from megatron_vlm.model.activation import SwiGlu
 from megatron_vlm.model.attention import PackedAttention
 from megatron_vlm.model.dropout import BiasDropoutAdd, DropoutSettings
+from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_vlm.model.norm import RMSNorm
+from megatron_vlm.model.rotary import NormedRotary, Rotary
 from megatron_vlm.parallel import context
 
 
 def decoder_layer(arch: LanguageArchitecture, dropout: DropoutSettings) -> ModuleSpec:
     """A pre-norm decoder layer: attention under the mask rule, then SwiGLU."""
     add = ModuleSpec(module=BiasDropoutAdd, params={"settings": dropout})
-    norm = RMSNorm if arch.qk_norm else None
+    heads = NormedRotary if arch.qk_norm else Rotary
     return ModuleSpec(
         module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
@@ -35,14 +37,17 @@ def decoder_layer(arch: LanguageArchitecture, dropout: DropoutSettings) -> Modul
                     linear_qkv=ColumnParallelLinear,
                     core_attention=PackedAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=norm,
-                    k_layernorm=norm,
+                    q_layernorm=heads,
+                    k_layernorm=heads,
                 ),
             ),
             self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, activation_func=SwiGlu, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=add,
         ),
@@ -50,10 +55,10 @@ def decoder_layer(arch: LanguageArchitecture, dropout: DropoutSettings) -> Modul
 
 
 class DecoderLayer(TransformerLayer):
-    """Megatron's layer, which also tells its two dropouts which tokens it holds.
+    """Megatron's layer, which also tells its two dropouts which tokens it holds, and its heads their angles.
 
-    The tokens come with each call (the marks, in the place of `attention_mask`), so a recomputed or interleaved call
-    draws what the first one drew.
+    Both come with each call (the marks in the place of `attention_mask`, the table of rotary.py in the place of
+    `rotary_pos_emb`), so a recomputed or interleaved call does what the first one did.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -66,7 +71,15 @@ class DecoderLayer(TransformerLayer):
         if self.training and self.mlp_bda.settings.active:
             tokens = self._tokens(kwargs["attention_mask"])
             self.self_attn_bda.tokens = self.mlp_bda.tokens = tokens
-        return super().forward(*args, **kwargs)
+        heads = (self.self_attention.q_layernorm, self.self_attention.k_layernorm)
+        table = kwargs.pop("rotary_pos_emb")
+        for each in heads:
+            each.table = table
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for each in heads:
+                each.table = None
 
     def _tokens(self, marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Marks (5, b, s) of the row -> marks (5, t, b) and indices (t,) of the tokens that this rank holds."""

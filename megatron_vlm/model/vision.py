@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -31,7 +30,8 @@ from torch import nn
 
 from megatron_vlm.config.architecture import VisionArchitecture
 from megatron_vlm.model import replicated
-from megatron_vlm.model.full_attention import FullAttention
+from megatron_vlm.model.full_attention import CropAttention
+from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_vlm.model.norm import LayerNorm
 
 
@@ -48,8 +48,8 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {"gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
-def layer_spec() -> ModuleSpec:
-    """A pre-norm layer: full self-attention, then a two-layer MLP, with biases."""
+def layer_spec(tokens: int) -> ModuleSpec:
+    """A pre-norm layer: self-attention inside each crop of `tokens`, then a two-layer MLP, with biases."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -58,7 +58,9 @@ def layer_spec() -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=FullAttention, linear_proj=RowParallelLinear
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ModuleSpec(module=CropAttention, params={"tokens": tokens}),
+                    linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -118,7 +120,7 @@ class VisionTower(MegatronModule):
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 config,
-                TransformerBlockSubmodules([layer_spec()] * (end - start), LayerNorm if post_norm else None),
+                TransformerBlockSubmodules([layer_spec(tokens)] * (end - start), LayerNorm if post_norm else None),
                 post_layer_norm=post_norm,
                 pg_collection=groups,
             )
@@ -151,28 +153,28 @@ class VisionTower(MegatronModule):
         if not len(crops):
             empty = self.position_embedding.new_zeros(0, self.arch.patches, self.width_out)
             return replicated.anchor(empty, *self.parameters())
-        # (t, c, width), Megatron's (sequence, batch, hidden): a crop is a sequence, so nothing crosses crops.
-        hidden = self._embed(crops.transpose(0, 1))
+        # (c x t, 1, width), Megatron's (sequence, batch, hidden): one crop after the other, see CropAttention.
+        hidden = self._embed(crops).flatten(0, 1)[:, None]
         tapped = {}
         for (_, end), block in zip(self.cuts, self.blocks, strict=True):
             hidden = block(hidden, attention_mask=None)
-            tapped[end - 1] = hidden[1:] if self.arch.class_token else hidden
+            tapped[end - 1] = hidden.view(len(crops), -1, self.arch.width)
         chosen = [tapped[tap] for tap in self.taps or (self.cuts[-1][1] - 1,)]
-        return torch.cat(chosen, dim=-1).transpose(0, 1)
+        return torch.cat(chosen, dim=-1)[:, self.arch.class_token :]
 
     def _embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(p, c, d) uint8 -> (t, c, width)."""
-        p, c, _ = pixels.shape
+        """(c, p, d) uint8 -> (c, t, width)."""
+        c, p, _ = pixels.shape
         dtype = self.position_embedding.dtype
         # In float32: bf16 cannot tell neighbouring pixel values apart.
         mean, std = (
             torch.tensor(x, dtype=torch.float32, device=pixels.device) for x in (self.arch.mean, self.arch.std)
         )
-        values = (pixels.reshape(p, c, -1, 3).float() / 255 - mean) / std
+        values = (pixels.reshape(c, p, -1, 3).float() / 255).sub_(mean).div_(std)
         hidden = self.patch_embedding(values.flatten(2).to(dtype))
         if self.class_token is not None:
-            hidden = torch.cat([self.class_token.expand(1, c, -1), hidden])
-        hidden = hidden + self.position_embedding[:, None]
+            hidden = torch.cat([self.class_token.expand(c, 1, -1), hidden], dim=1)
+        hidden = hidden + self.position_embedding
         return hidden if self.pre_norm is None else self.pre_norm(hidden)
 
     def sharded_state_dict(

@@ -26,7 +26,7 @@ from megatron_vlm.model.connector import Connector
 from megatron_vlm.model.language import Language
 from megatron_vlm.model.loss import token_losses
 from megatron_vlm.model.vision import VisionTower
-from megatron_vlm.parallel import context
+from megatron_vlm.parallel import context, cpu
 
 
 class VlmModel(MegatronModule):
@@ -77,6 +77,10 @@ class VlmModel(MegatronModule):
         `logits_at` ((k,) int64, places in the flattened (b, s)): their logits, (k, vocab_size) float32, on every rank.
         Raises ValueError where placeholders and image features differ in number.
         """
+        with cpu.direct():
+            return self._forward(batch, logits_at, images)
+
+    def _forward(self, batch: Batch, logits_at: torch.Tensor | None, images: torch.Tensor | None) -> torch.Tensor:
         hidden = None
         if self.pre_process:
             assert self.language.embedding is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ def enable(device: str = "auto") -> None:
     _active = _Redirect()
     _active.__enter__()
     _redirect_megatron()
+
+
+def direct() -> AbstractContextManager[None]:
+    """For code that names no CUDA device: its torch calls do not pass through this module."""
+    return torch._C.DisableTorchFunction() if _active is not None else contextlib.nullcontext()
 
 
 def _is_cuda(device: object) -> bool:

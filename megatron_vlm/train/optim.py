@@ -76,6 +76,8 @@ def build(models: Sequence[DistributedDataParallel], config: Config) -> Megatron
     optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        if "fused" in group:  # torch's AdamW; on a CPU it would go through the tensors operator by operator
+            group["fused"] = True
     return optimizer
 
 

@@ -1,0 +1,37 @@
+"""Megatron's linear layers, which a rank alone in its tensor-parallel group computes by torch's own operator.
+
+That adds the bias inside the matrix product and runs no Python in backward. With neighbours, or with Megatron's fused
+accumulation of weight gradients (a CUDA extension), they are Megatron's to the letter.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from torch import nn
+
+
+class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
+    """Rows of the weight are sharded over the tensor-parallel ranks."""
+
+    def forward(
+        self, input_: torch.Tensor, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(..., in) -> (..., out of this rank), and the bias where the caller has to add it still."""
+        if _alone(self):
+            return nn.functional.linear(input_, self.weight if weight is None else weight, self.bias), None
+        return super().forward(input_, weight, runtime_gather_output)
+
+
+class RowParallelLinear(tensor_parallel.RowParallelLinear):
+    """Columns of the weight are sharded over the tensor-parallel ranks."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(..., in of this rank) -> (..., out), and the bias where the caller has to add it still."""
+        if _alone(self):
+            return nn.functional.linear(input_, self.weight, self.bias), None
+        return super().forward(input_)
+
+
+def _alone(layer: tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear) -> bool:
+    return layer.tp_group.size() == 1 and not layer.gradient_accumulation_fusion
