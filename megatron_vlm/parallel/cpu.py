@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 #: Fields of Megatron's TransformerConfig (and ModelParallelConfig) that a CPU needs.
@@ -122,6 +124,18 @@ def _redirect_cuda_functions() -> None:
     module_class.cuda = lambda module, device=None: module
 
 
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of Megatron's gradient and weight buffers; a group of one has its result already, in the same place.
+
+    NCCL sees that; gloo copies everything twice.
+    """
+
+    def call(output: torch.Tensor, part: torch.Tensor, *, group: dist.ProcessGroup, **options: Any) -> Any:
+        return collective(output, part, group=group, **options) if group.size() > 1 else None
+
+    return call
+
+
 def _redirect_megatron() -> None:
     """Import Megatron so that what it marks for torch.compile stays as it is, and redirect its random states.
 
@@ -139,7 +153,12 @@ def _redirect_megatron() -> None:
         from megatron.core.tensor_parallel import random
     finally:
         torch_module.compile = compile_function
+    from megatron.core.distributed import param_and_grad_buffer
+
     jit.disable_jit_fuser()
+    buffers: Any = param_and_grad_buffer
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, _unless_alone(getattr(buffers, name)))
     megatron_random: Any = random
     megatron_random._get_cuda_rng_state = _get_state
     megatron_random._set_cuda_rng_state = _set_state

@@ -32,6 +32,9 @@ CLIPPED_TOGETHER = {
     "language": ("language", "base_embeddings"),
 }
 
+#: Numbers whose squares are summed in float32.
+RUN = 1024
+
 
 def wrap(models: Sequence[torch.nn.Module], config: Config) -> list[DistributedDataParallel]:
     """The models, one per virtual pipeline stage, in Megatron's data parallelism: gradients are summed, in float32.
@@ -139,18 +142,33 @@ def clip(optimizer: MegatronOptimizer, clip_norm: float) -> dict[str, float]:
                 parameter, groups.tensor()
             ):
                 counted[name].append(parameter.grad)
-    # float64: in float32 the norm of a large tensor and that of its parts differ in the fifth digit, and clipping
-    # would carry the difference into the weights.
     squares = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
     for index, name in enumerate(names):
         if counted[name]:
-            squares[index] = torch.stack(torch._foreach_norm(counted[name], dtype=torch.float64)).square().sum()
+            squares[index] = _square(counted[name])
     dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
     norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
     for name, scale in clip_scales(norms, clip_norm).items():
         if scale < 1 and gradients[name]:
             torch._foreach_mul_(gradients[name], scale)
     return norms
+
+
+def _square(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of all numbers, float64.
+
+    In float32 the norm of a large tensor and that of its parts differ in the fifth digit, and clipping would carry the
+    difference into the weights. Short runs of numbers are summed in float32 (converting all of them takes four times as
+    long), the sums in float64.
+    """
+    norms = []
+    short = [each for each in gradients if each.numel() < 16 * RUN]
+    for each in gradients:
+        if each.numel() >= 16 * RUN:
+            whole = each.numel() // RUN * RUN
+            norms.append(torch.linalg.vector_norm(each.view(-1)[:whole].view(-1, RUN), dim=1).double())
+            short.append(each.view(-1)[whole:])
+    return torch.cat([torch.stack(torch._foreach_norm(short, dtype=torch.float64)), *norms]).square().sum()
 
 
 def clip_scales(norms: dict[str, float], clip_norm: float) -> dict[str, float]:

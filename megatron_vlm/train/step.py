@@ -1,7 +1,8 @@
 """One optimizer step over a global batch, and the loss of held-out batches, by Megatron's schedules.
 
 The loss is sum(w x token loss) / Z with Z the weight sum of the global batch: over all micro-batches and data-parallel
-ranks. Megatron's own divisor is an integer counted per micro-batch, so it gets 0 and the gradients are divided here.
+ranks. Megatron's own divisor is an integer counted per micro-batch, so it gets 0 and each micro-batch's sum is divided
+here, by Z, which is known before forward.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Stepper:
         self.pulse = pulse or Pulse()
         self.models, self.optimizer, self.config, self.sources = list(models), optimizer, config, tuple(sources)
         self.device = torch.device(torch.cuda.current_device())
-        self._divisor = 0.0
+        self._divisor = 1.0
         self._seen: list[Seen] = []
         for model in self.models:
             model_config: Any = model.config
@@ -195,13 +196,11 @@ class Stepper:
             by_source.index_add_(0, index, weighted[counted].double())
             by_source.index_add_(0, index + count, weights[counted].double())
             report = torch.cat((by_source[:count].sum().view(1), by_source))
-        return weighted.sum(), torch.zeros((), dtype=torch.int, device=self.device), report
+        return weighted.sum() / self._divisor, torch.zeros((), dtype=torch.int, device=self.device), report
 
     def _finalize(self, models: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
         self.pulse.enter("collective")
         finalize_model_grads(models, None, **options)
-        for model in models:
-            model.scale_gradients(1.0 / self._divisor)
 
     def _outcome(self, sums: torch.Tensor, weight: float, work: Work) -> Outcome:
         total, *by_source = sums.tolist()
