@@ -14,6 +14,7 @@ from megatron_vlm.batch import Batch
 from megatron_vlm.config import presets
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.layout import Layout
 
 TINY = presets.PRESETS["tiny"]
@@ -41,8 +42,6 @@ LEARNING_RATE = 1e-4
 def alone() -> Iterator[None]:
     """Megatron on the CPU in this process, with groups of one."""
     import torch.distributed as dist
-
-    from megatron_vlm.parallel import cpu
 
     cpu.enable("cpu")
     from megatron_vlm.parallel import groups
@@ -95,13 +94,14 @@ def theirs(model: Any, *, autocast: bool) -> Callable[[dict[str, torch.Tensor]],
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0, fused=True)
 
     def step(inputs: dict[str, torch.Tensor]) -> float:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**inputs, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        return loss.item()
+        with cpu.direct():  # what sends Megatron's CUDA calls to the CPU costs nothing here
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**inputs, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            return loss.item()
 
     return lambda inputs: lambda: step(inputs)
 

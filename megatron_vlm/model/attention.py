@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_vlm.model.plan import Plan, Plans
+from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.context import Exchange
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -106,13 +107,13 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, plans, scale):
         out = torch.zeros_like(query)
         logsumexps = []
-        for row, plan in enumerate(plans):
-            for block in plan.blocks:
-                q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
-                k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
-                part, logsumexp = _flash(q, k, v, 0.0, block.causal, attn_mask=plan.mask(block), scale=scale)
-                out[block.start : block.end, row] = part[0].transpose(0, 1)
-                logsumexps.append(logsumexp)
+        with cpu.direct():
+            for row, plan in enumerate(plans):
+                for block in plan.blocks:
+                    q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
+                    part, logsumexp = _flash(q, k, v, 0.0, block.causal, attn_mask=plan.mask(block), scale=scale)
+                    out[block.start : block.end, row] = part[0].transpose(0, 1)
+                    logsumexps.append(logsumexp)
         ctx.save_for_backward(query, key, value, out, *logsumexps)
         ctx.plans, ctx.scale = plans, scale
         return out
@@ -121,29 +122,31 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, out, *logsumexps = ctx.saved_tensors
         grad_query = torch.zeros_like(query)
-        # Several blocks add to a key's gradient: in float32, so that bf16 does not round in between.
-        grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (key, value))
+        # Several blocks may add to a key's gradient: in float32, so that bf16 does not round in between.
+        shared = any(block.causal is False for plan in ctx.plans for block in plan.blocks)
+        sums = torch.float32 if shared else key.dtype
+        grad_key, grad_value = (torch.zeros_like(x, dtype=sums) for x in (key, value))
         position = 0
-        for row, plan in enumerate(ctx.plans):
-            for block in plan.blocks:
-                q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
-                heads, kv_heads = q.shape[1], k.shape[1]
-                dq, dk, dv = _flash_backward(
-                    gradient[block.start : block.end, row].transpose(0, 1)[None],
-                    q,
-                    _repeat(k, heads),
-                    _repeat(v, heads),
-                    out[block.start : block.end, row].transpose(0, 1)[None],
-                    logsumexps[position],
-                    0.0,
-                    block.causal,
-                    attn_mask=plan.mask(block),
-                    scale=ctx.scale,
-                )
-                position += 1
-                grad_query[block.start : block.end, row] = dq[0].transpose(0, 1)
-                for whole, part in ((grad_key, dk), (grad_value, dv)):
-                    whole[block.keys : block.keys_end, row] += _sum_copies(part, kv_heads)[0].transpose(0, 1)
+        with cpu.direct():
+            for row, plan in enumerate(ctx.plans):
+                for block in plan.blocks:
+                    q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
+                    dq, dk, dv = _flash_backward(
+                        gradient[block.start : block.end, row].transpose(0, 1)[None],
+                        q,
+                        k,
+                        v,
+                        out[block.start : block.end, row].transpose(0, 1)[None],
+                        logsumexps[position],
+                        0.0,
+                        block.causal,
+                        attn_mask=plan.mask(block),
+                        scale=ctx.scale,
+                    )
+                    position += 1
+                    grad_query[block.start : block.end, row] = dq[0].transpose(0, 1)
+                    for whole, part in ((grad_key, dk), (grad_value, dv)):
+                        whole[block.keys : block.keys_end, row] += part[0].transpose(0, 1)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
@@ -163,13 +166,3 @@ def _slices(
         key[keys:keys_end, row].transpose(0, 1)[None],
         value[keys:keys_end, row].transpose(0, 1)[None],
     )
-
-
-def _repeat(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(1, k, n, d) -> (1, heads, n, d), each head heads/k times in a row."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _sum_copies(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(1, heads, n, d) -> (1, k, n, d): the gradient of _repeat."""
-    return x if x.shape[1] == kv_heads else x.unflatten(1, (kv_heads, -1)).sum(2)

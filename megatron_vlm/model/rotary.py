@@ -62,7 +62,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _turn(gradient, *ctx.saved_tensors, -1), None
+        (cos_sin,) = ctx.saved_tensors
+        return _turn(gradient, cos_sin, -1), None
 
 
 def _turn(x: torch.Tensor, cos_sin: torch.Tensor, sense: int) -> torch.Tensor:

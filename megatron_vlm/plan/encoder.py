@@ -18,12 +18,10 @@ class Encoder(Layers):
         values = tape.op(numbers * FLOAT, pixels, forward=numbers * FLOAT)
         if self.e != FLOAT:
             values = tape.op(numbers * self.e, values)
-        if crops > 1:  # the linear layer wants it contiguous
-            values = tape.op(numbers * self.e, values)
         out = crops * self.patch_tokens * vision.width * self.e
         weight = vision.patch_values * vision.width * self.e if trains else 0
         flops = 2 * numbers * vision.width
-        hidden = tape.op(out, values, keeps=(values,), trains=trains, forward=out, weight=weight, flops=flops,
+        hidden = tape.op(out, values, keeps=(values,), trains=trains, weight=weight, flops=flops,
                          backward_flops=flops * trains)  # fmt: skip
         if vision.class_token:
             hidden = tape.op(out, hidden)
@@ -43,7 +41,7 @@ class Encoder(Layers):
         trains = "vision" not in self.frozen
         rows = self.load.crops * self.patch_tokens
         return self.encoder_layer(
-            tape, x, rows, vision.width, vision.mlp, vision.heads, vision.activation, trains, self.load.crops > 1,
+            tape, x, rows, vision.width, vision.mlp, vision.heads, vision.activation, trains, False,
             self.patch_tokens,
         )  # fmt: skip
 
@@ -53,10 +51,10 @@ class Encoder(Layers):
         return self.layer_norm(tape, x, rows, width, "vision" not in self.frozen)
 
     def vision_output(self, tape: Tape, x: Tensor) -> Tensor:
-        """Tapped layers side by side, then crops before patches. x: the last layer's output."""
+        """Tapped layers side by side, without class tokens. x: the last layer's output."""
         size = self.load.crops * self.arch.vision.patches * connector_width_in(self.arch) * self.e
         joined = tape.op(size, x, passes=len(self.arch.connector.taps) < 2)
-        return tape.op(size, joined, passes=True)
+        return tape.op(size, joined) if self.arch.vision.class_token else joined
 
     def connector(self, tape: Tape, features: Tensor) -> Tensor:
         """Windows of patches to vectors as wide as the decoder."""
@@ -70,25 +68,23 @@ class Encoder(Layers):
         mean = tape.op(n * inside * self.e, summed, keeps=(tape.constant(n * self.e),))
         if kind == "attention_pooling":
             width = connector.width
-            query = self.linear(tape, mean, n, inside, width, trains, bias=True)
+            query = self.linear(tape, mean, n, inside, width, trains)
             rows = n * load.slots
-            key_value = self.linear(tape, taken, rows, inside, 2 * width, trains, bias=True)
+            key_value = self.linear(tape, taken, rows, inside, 2 * width, trains)
             key, value = self.halves(tape, key_value, *[rows * width * self.e] * 2)
             size = n * width * self.e
             work = (n * connector.heads, rows * width)
             pooled = self.full_attention(tape, query, key, value, size, work, rows * self.e)
             pooled = tape.op(size, pooled, passes=True)
-            pooled = self.linear(tape, pooled, n, width, width, trains, bias=True)
+            pooled = self.linear(tape, pooled, n, width, width, trains)
             inner = self.linear(tape, pooled, n, width, 2 * connector.mlp, trains)
             inner = self.swiglu(tape, inner, n * connector.mlp * self.e)
             return self.linear(tape, inner, n, connector.mlp, hidden, trains)
         if kind == "linear":
-            return self.linear(tape, mean, n, inside, hidden, trains, bias=True)
+            return self.linear(tape, mean, n, inside, hidden, trains)
         inner = self.linear(tape, mean, n, inside, connector.mlp, trains)
-        inner = tape.op(n * connector.mlp * self.e, inner, passes=True)
         inner = self.gelu(tape, inner, n * connector.mlp * self.e, "gelu")
-        out = self.linear(tape, inner, n, connector.mlp, hidden, trains)
-        return tape.op(n * hidden * self.e, out, passes=True)
+        return self.linear(tape, inner, n, connector.mlp, hidden, trains)
 
     def take(self, tape: Tape, features: Tensor, count: int, width: int) -> Tensor:
         """Patches of windows, zero where a window has none."""
@@ -101,7 +97,7 @@ class Encoder(Layers):
         width, inside, crops = connector.width, connector_width_in(self.arch), load.windows
         patches = self.arch.vision.patches
         rows, size = crops * connector.queries, crops * connector.queries * width * self.e
-        projected = self.linear(tape, features, load.crops * patches, inside, width, trains, bias=True)
+        projected = self.linear(tape, features, load.crops * patches, inside, width, trains)
         taken = self.take(tape, projected, crops * load.slots, width)
         x = tape.op(size, taken, trains=trains)
         x.grad = tape.grad
@@ -111,7 +107,7 @@ class Encoder(Layers):
                 connector.queries, (taken, crops * load.slots, load.slots),
             )  # fmt: skip
         x = self.layer_norm(tape, x, rows, width, trains)
-        return self.linear(tape, x, rows, width, self.arch.language.hidden, trains, bias=True)
+        return self.linear(tape, x, rows, width, self.arch.language.hidden, trains)
 
     def gather(self, tape: Tape, pooled: Tensor) -> Tensor:
         """Every rank's vectors, in the order of the windows. Nothing where one rank has all."""

@@ -73,20 +73,10 @@ class Layers:
         return self.settings.element
 
     def rms_norm(self, tape: Tape, x: Tensor, rows: int, width: int, trains: bool) -> Tensor:
-        """RMSNorm as model/norm.py computes it: statistics in float32, without a fused kernel."""
-        wide = rows * width * FLOAT
-        x32 = x if self.e == FLOAT else tape.op(wide, x)
-        square = tape.op(wide, x32, keeps=(x32,), backward=2 * wide)
-        mean = tape.op(rows * FLOAT, square)
-        mean = tape.op(rows * FLOAT, mean, passes=True)
-        rsqrt = tape.op(rows * FLOAT, mean)
-        scaled = tape.op(wide, x32, rsqrt, keeps=(x32, rsqrt), backward=wide)
-        if self.e != FLOAT:
-            scaled = tape.op(rows * width * self.e, scaled)
-        keeps = (scaled,) if trains else ()
-        return tape.op(
-            rows * width * self.e, scaled, keeps=keeps, trains=trains, backward=trains * rows * width * self.e
-        )
+        """RMSNorm as model/norm.py computes it: statistics in float32, the input kept for backward."""
+        wide, copies = rows * width * FLOAT, self.e != FLOAT
+        return tape.op(rows * width * self.e, x, keeps=(x,), extra=rows * FLOAT, trains=trains,
+                       forward=2 * wide * copies, backward=(2 + copies) * wide)  # fmt: skip
 
     def layer_norm(self, tape: Tape, x: Tensor, rows: int, width: int, trains: bool) -> Tensor:
         """torch's LayerNorm."""
@@ -106,8 +96,11 @@ class Layers:
         sharded_input: bool = False,
         copies: int = 0,
     ) -> Tensor:
-        """A linear layer of (outside, inside) weights on this rank. sharded_input: with sequence parallelism, gathered
-        into a shared buffer. copies: bytes of the output's gradient made contiguous in backward."""
+        """A linear layer of (outside, inside) weights on this rank.
+
+        bias: added after the product (a rank alone has it inside). sharded_input: with sequence parallelism, gathered
+        into a shared buffer. copies: bytes of the output's gradient made contiguous in backward.
+        """
         out = rows * outside * self.e
         keeps = (x,) if trains else ()
         gathered = rows * inside * self.e if sharded_input else 0
@@ -120,11 +113,8 @@ class Layers:
         return tape.op(size, x, residual, passes=True)
 
     def swiglu(self, tape: Tape, x: Tensor, size: int) -> Tensor:
-        """silu(gate) x (up + 0) of the two halves of x; size: bytes of a half."""
-        gate, up = self.halves(tape, x, size, size)
-        activated = tape.op(size, gate, keeps=(gate,))
-        shifted = tape.op(size, up, passes=True)
-        return tape.op(size, activated, shifted, keeps=(activated, shifted))
+        """silu(gate) x up of the two halves of x, as model/activation.py computes it; size: bytes of a half."""
+        return tape.op(size, x, keeps=(x,), backward=size)
 
     def halves(self, tape: Tape, x: Tensor, *sizes: int) -> list[Tensor]:
         """Views of x side by side; backward joins their gradients in a new tensor."""
@@ -160,31 +150,27 @@ class Layers:
         size = rows * width * self.e
         copies = size if transposed else 0
         normed = self.layer_norm(tape, x, rows, width, trains)
-        qkv = self.linear(tape, normed, rows, width, 3 * width, trains, bias=True)
+        qkv = self.linear(tape, normed, rows, width, 3 * width, trains)
         query, key, value = self.halves(tape, qkv, size, size, size)
         attended = self.full_attention(tape, query, key, value, size, (rows * heads, rows * length * width))
         out = self.linear(tape, attended, rows, width, width, trains, copies=copies)
-        out = tape.op(size, out, passes=True)  # bias
         x = self.add(tape, size, out, x)
         if context is not None:
             patches, patch_rows, slots = context
             normed = self.layer_norm(tape, x, rows, width, trains)
-            key_value = self.linear(tape, patches, patch_rows, width, 2 * width, trains, bias=True)
+            key_value = self.linear(tape, patches, patch_rows, width, 2 * width, trains)
             key, value = self.halves(tape, key_value, *[patch_rows * width * self.e] * 2)
-            query = self.linear(tape, normed, rows, width, width, trains, bias=True)
+            query = self.linear(tape, normed, rows, width, width, trains)
             # The mask as numbers to add, spread over heads by the kernel.
             pairs = length * patch_rows * width
             attended = self.full_attention(tape, query, key, value, size, (rows * heads, pairs), patch_rows * self.e)
             out = self.linear(tape, attended, rows, width, width, trains, copies=copies)
-            out = tape.op(size, out, passes=True)
             x = self.add(tape, size, out, x)
         normed = self.layer_norm(tape, x, rows, width, trains)
         inner = rows * mlp * self.e
         hidden = self.linear(tape, normed, rows, width, mlp, trains)
-        hidden = tape.op(inner, hidden, passes=True)  # bias
         hidden = self.gelu(tape, hidden, inner, activation)
         out = self.linear(tape, hidden, rows, mlp, width, trains, copies=copies)
-        out = tape.op(size, out, passes=True)
         return self.add(tape, size, out, x)
 
     def full_attention(

@@ -127,7 +127,7 @@ def of_stage(config: Config, layout: Layout, stage: int, load: Load, *, cuda: bo
         for name, size in each.kept.items():
             kept[name] = kept.get(name, 0) + size * flying // len(found)
     working = max(each.peak - each.total for each in found)
-    after = _after_backward(config, layout, chunks, held)
+    after = _after_backward(config, layout, chunks)
     return Memory(held, kept, flying, max(working, after - sum(kept.values())), _buffers(config, layout, parts, flying))
 
 
@@ -140,8 +140,8 @@ def in_flight(config: Config, layout: Layout, stage: int) -> int:
     return min(ahead + 1, micro_batches * layout.virtual_pipeline)
 
 
-def _after_backward(config: Config, layout: Layout, chunks: Sequence[params.Stage], held: Static) -> int:
-    """Most bytes that reductions of whole gradients and the optimizer allocate: activations are gone by then."""
+def _after_backward(config: Config, layout: Layout, chunks: Sequence[params.Stage]) -> int:
+    """Most bytes that reductions of whole gradients allocate: activations are gone by then."""
     arch = presets.architecture(config.model)
     joined = 0
     if layout.tensor > 1:  # Megatron copies what it averages over tensor-parallel ranks into one tensor
@@ -149,9 +149,7 @@ def _after_backward(config: Config, layout: Layout, chunks: Sequence[params.Stag
             params.reduced_over_tensor(params.of_stage(arch, chunk, layout.tensor), config.model.freeze, False)[0]
             for chunk in chunks
         )
-    # torch's AdamW on a GPU works on all tensors at once, with one temporary of their size.
-    moments = 2 * FLOAT + (FLOAT if config.train.precision != "float32" else 0)
-    return max(joined, held.optimizer // moments * FLOAT)
+    return joined  # the fused AdamW allocates nothing
 
 
 def _buffers(config: Config, layout: Layout, parts: Parts, flying: int) -> int:
@@ -161,7 +159,7 @@ def _buffers(config: Config, layout: Layout, parts: Parts, flying: int) -> int:
     per_token = 4 * INDEX + 3 * FLOAT + 1 + 5 * INDEX  # the batch, and the marks of its tokens
     crop = arch.vision.patches * arch.vision.patch_values
     batch = tokens * per_token + load.crops * crop + load.all_windows * load.slots * INDEX
-    angles = load.rows * load.part * arch.language.head_dim * FLOAT
+    angles = load.rows * load.part * arch.language.head_dim * parts.e  # cosines and sines
     gathered = load.rows * load.part * arch.language.hidden * parts.e if parts.settings.sequence else 0
     received = 2 * parts.part_size if layout.pipeline > 1 else 0
     return flying * (batch + angles + received) + masks(load, PLANNED_ROWS) + gathered

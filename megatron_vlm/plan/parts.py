@@ -84,7 +84,7 @@ class Parts(Encoder):
         heads, kv_heads = language.heads // tensor, max(1, language.kv_heads // tensor)
         q, k = rows * heads * size, rows * kv_heads * size
         width = (language.heads + 2 * language.kv_heads) * language.head_dim // tensor
-        qkv = self.linear(tape, x, rows, language.hidden, width, trains, bias=language.qkv_bias,
+        qkv = self.linear(tape, x, rows, language.hidden, width, trains, bias=language.qkv_bias and tensor > 1,
                           sharded_input=self.settings.sequence)  # fmt: skip
         if language.kv_heads < tensor:  # keys and values of a head are spread over ranks
             qkv = tape.op(rows * width * tensor * self.e, qkv)
@@ -94,24 +94,14 @@ class Parts(Encoder):
         if language.qk_norm:
             query = self.rms_norm(tape, query, rows * heads, language.head_dim, trains)
             key = self.rms_norm(tape, key, rows * kv_heads, language.head_dim, trains)
-        query, key = (self.rope(tape, each, rows) for each in (query, key))
+        query, key = (self.rope(tape, each) for each in (query, key))
         if self.settings.selective:
             return tape.checkpoint(self.packed_attention, query, key, value, size=q, argument=rows)
         return self.packed_attention(tape, query, key, value, q, rows)
 
-    def rope(self, tape: Tape, x: Tensor, rows: int) -> Tensor:
-        """Megatron's unfused rotary embedding."""
-        angles = rows * self.arch.language.head_dim
-        nothing = tape.input(0, False)
-        work = angles * (2 * FLOAT - self.e)
-        cosine = tape.op(angles * self.e, nothing, forward=work)
-        sine = tape.op(angles * self.e, nothing, forward=work)
-        straight = tape.op(x.size, x, cosine, keeps=(cosine,))
-        # Half of it negated, both halves joined; backward slices, negates and joins.
-        turned = tape.op(x.size, x, forward=x.size // 2, backward=3 * x.size // 2)
-        turned = tape.op(x.size, turned, sine, keeps=(sine,))
-        out = self.add(tape, x.size, straight, turned)
-        return tape.op(x.size, out, passes=True)
+    def rope(self, tape: Tape, x: Tensor) -> Tensor:
+        """Rotary embedding; its table is made once for all layers."""
+        return tape.op(x.size, x)
 
     def packed_attention(
         self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, out_size: int, rows: int
@@ -159,9 +149,9 @@ class Parts(Encoder):
         statistics = tokens[0] * heads * FLOAT
         flops = 4 * self.load.pairs * heads * self.arch.language.head_dim
         longest = self.load.longest
-        repeated = 2 * longest * heads * size * (heads != kv_heads)
         block = longest * heads * size
         if self.settings.cuda:
+            repeated = 2 * block * (heads != kv_heads)
             out = tape.op(query.size, query, key, value, keeps=(query, key, value),
                           extra=statistics + query.size + self.load.masked * self.e,
                           forward=repeated, backward=query.size + 2 * key.size + repeated, flops=flops,
@@ -169,7 +159,7 @@ class Parts(Encoder):
             return out
         sums = 2 * tokens[1] * kv_heads * (size // self.e) * FLOAT
         out = tape.op(query.size, query, key, value, keeps=(query, key, value), extra=statistics,
-                      forward=repeated + block, backward=sums * (self.e != FLOAT) + repeated + 3 * block,
+                      forward=block, backward=sums * (self.e != FLOAT) + block + 2 * longest * kv_heads * size,
                       flops=flops, backward_flops=2 * flops * query.grad)  # fmt: skip
         return tape.keep(out)
 
@@ -190,15 +180,18 @@ class Parts(Encoder):
         selected = tape.op(chosen * hidden, x, keeps=(tape.constant(chosen * INDEX),), backward=rows * hidden)
         vocab = language.vocab_size // settings.tensor
         chunk = min(chosen, settings.logit_chunk)
-        more = chosen > settings.logit_chunk
-        logits = chunk * vocab
-        forward = logits * (2 * FLOAT + (2 if more and self.e != FLOAT else 0))
-        backward = logits * (2 * FLOAT if more else FLOAT + (self.e if self.e != FLOAT else 0)) + chunk * hidden
-        trains = self.head_trains
-        flops = 2 * chosen * language.hidden * vocab  # and once more in backward, where logits are made anew
-        losses = tape.op(chosen * FLOAT, selected, keeps=(selected,), extra=chosen * (INDEX + FLOAT), trains=trains,
-                         forward=forward, backward=backward, weight=vocab * hidden * trains, flops=flops,
-                         backward_flops=flops * (1 + selected.grad + trains))  # fmt: skip
+        last = chosen - max(0, chosen - 1) // settings.logit_chunk * settings.logit_chunk if chosen else 0
+        logits, trains, copies = chunk * vocab, self.head_trains, self.e * (self.e != FLOAT)
+        # Of the last chunk the gradients of the logits are kept, of all tokens those of the hidden states.
+        kept = last * vocab * self.e * trains
+        forward = max(0, logits * (2 * FLOAT + copies) - kept)
+        backward = chosen * hidden * 2 + (chosen > last) * trains * logits * (FLOAT + copies)
+        flops = 2 * language.hidden * vocab
+        losses = tape.op(chosen * FLOAT, selected, keeps=(selected,),
+                         extra=chosen * (INDEX + FLOAT + hidden * selected.grad) + kept, trains=trains,
+                         forward=forward, backward=backward, weight=vocab * hidden * trains,
+                         flops=flops * chosen * (1 + selected.grad),
+                         backward_flops=flops * (2 * chosen - last) * trains)  # fmt: skip
         return tape.op(rows * FLOAT, losses, extra=chosen * INDEX)
 
     @property

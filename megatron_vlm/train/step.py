@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vlm.batch import Batch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.cost import Work
-from megatron_vlm.parallel import context, groups
+from megatron_vlm.parallel import context, cpu, groups
 from megatron_vlm.train import evidence, metrics, optim
 from megatron_vlm.train.evidence import Evidence, Seen
 from megatron_vlm.train.guard import Event
@@ -78,6 +79,7 @@ class Stepper:
         self.models, self.optimizer, self.config, self.sources = list(models), optimizer, config, tuple(sources)
         self.device = torch.device(torch.cuda.current_device())
         self._divisor = 1.0
+        self._schedule = ExitStack()
         self._seen: list[Seen] = []
         for model in self.models:
             model_config: Any = model.config
@@ -92,7 +94,8 @@ class Stepper:
         """
         assert self.optimizer is not None
         for model in self.models:
-            model.train()
+            if not model.training:
+                model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         self.pulse.enter("collective")
@@ -104,15 +107,17 @@ class Stepper:
         self._divisor = weight
         outcome = self._outcome(self._run(micro_batches, forward_only=False), weight, work)
         self.pulse.enter("optimizer")
-        self.optimizer.prepare_grads()
-        norms = optim.clip(self.optimizer, self.config.optim.clip_norm)
+        with cpu.direct():
+            self.optimizer.prepare_grads()
+            norms = optim.clip(self.optimizer, self.config.optim.clip_norm)
         rates = optim.set_learning_rates(self.optimizer, self.config, step)
         with self.pulse.during("collective"):
             values = self._agreed({"loss": outcome.loss, **norms})
         event = (judge or _raise)(step, values)
         applied = event is None or event.policy == "note"
         if applied:
-            self.optimizer.step_with_ready_grads()
+            with cpu.direct():
+                self.optimizer.step_with_ready_grads()
         self.pulse.enter("other")
         return replace(outcome, norms=norms, rates=rates, event=event, applied=applied)
 
@@ -158,15 +163,16 @@ class Stepper:
     def _run(self, micro_batches: Sequence[Batch], *, forward_only: bool) -> torch.Tensor:
         """Sums of the global batch, on every rank: [loss, loss by source ..., weight by source ...] float64."""
         iterators = [iter(micro_batches) for _ in self.models]
-        reports = get_forward_backward_func()(
-            forward_step_func=self._forward,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.models if len(self.models) > 1 else self.models[0],
-            num_microbatches=len(micro_batches),
-            seq_length=self.config.data.sequence_length,
-            micro_batch_size=self.config.train.micro_batch,
-            forward_only=forward_only,
-        )
+        with ExitStack() as self._schedule:
+            reports = get_forward_backward_func()(
+                forward_step_func=self._forward,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.models if len(self.models) > 1 else self.models[0],
+                num_microbatches=len(micro_batches),
+                seq_length=self.config.data.sequence_length,
+                micro_batch_size=self.config.train.micro_batch,
+                forward_only=forward_only,
+            )
         sums = torch.zeros(1 + 2 * len(self.sources), dtype=torch.float64, device=self.device)
         self.pulse.enter("collective")
         for report in reports:  # of the last pipeline stage; empty elsewhere
@@ -177,6 +183,8 @@ class Stepper:
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         self.pulse.enter("forward")
+        # From here on, backward included, a schedule names no CUDA device any more.
+        self._schedule.enter_context(cpu.direct())
         batch = next(batches).to(self.device)
         output = model(batch)
         self.pulse.enter("backward")  # the loss, and what the schedule does until it comes here again

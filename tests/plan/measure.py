@@ -82,7 +82,7 @@ def planned(config: Config, layout: Layout, load: Load) -> Measured:
     found = memory.activations(
         memory.segments(parts, stage, config.train.recompute), carried=memory.tied_gradient(config, stage, layout)
     )
-    # Kept by recomputed layers; a plan counts them among the buffers.
-    marks, angles = 5 * 8 * load.rows * load.length, 4 * load.rows * load.part * arch.language.head_dim
-    tables = {"none": 0, "selective": marks, "full": marks + angles}[config.train.recompute]
+    # Kept by the layers (marks: by recomputed ones); a plan counts them among the buffers.
+    marks, angles = 5 * 8 * load.rows * load.length, parts.e * load.rows * load.part * arch.language.head_dim
+    tables = angles + (0 if config.train.recompute == "none" else marks)
     return Measured(found.total + tables, found.peak + marks + angles)
