@@ -99,20 +99,30 @@ def _cell(value: Any) -> str:
     )
 
 
+def span(values: Sequence[float]) -> str:
+    """Smallest to largest."""
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
+
+
 def write(
     name: str,
     what: str,
     data: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     key: Mapping[str, float],
+    summary: Sequence[tuple[str, str]],
     threads: int | None = None,
 ) -> None:
-    """Write the results of benchmark `name`: `data` whole, `rows` as the table, `key` into the history."""
+    """Write the results of benchmark `name`.
+
+    data: everything. rows: the table. key: ratios for the history. summary: for the README's table, what is compared
+    and what was measured.
+    """
     RESULTS.mkdir(exist_ok=True)
     about = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "machine": machine(threads)}
-    (RESULTS / f"{name}.json").write_text(
-        json.dumps({**about, "key": dict(key), **data}, indent=1) + "\n", encoding="utf-8"
-    )
+    content = {**about, "key": dict(key), "summary": list(summary), **data}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     described = ", ".join(f"{label} {value}" for label, value in about["machine"].items() if value is not None)
     text = f"# {name}\n\n{what}\n\n{table(rows)}\n\nCommit {about['commit']}, {about['date']}. {described}.\n"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")

@@ -85,6 +85,17 @@ def measure(size: str, kind: str, precision: str, rounds: int, clock: Callable[[
         }
 
 
+def summary(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """For the README: the ratios of each size and precision, by kind of row."""
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in found):
+        for baseline in dict.fromkeys(row["transformers in"] for row in found):
+            of = [row for row in found if (row["size"], row["transformers in"]) == (size, baseline)]
+            what = f"time of a training step over that of transformers, {size}, {baseline}"
+            lines.append((what, ", ".join(f"{row['rows']} {row['ratio']:.2f}" for row in of)))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(trainers.ARCHITECTURES), choices=trainers.ARCHITECTURES)
@@ -114,7 +125,8 @@ def main() -> None:
     print(f"Largest ratio: {worst['ratio']:.3f} ({worst['size']}, {worst['rows']}, {worst['transformers in']}).")
     if not (asked.dry_run or asked.processor_time):
         key = {f"{row['size']} {row['rows']} {row['transformers in']}": round(row["ratio"], 3) for row in found}
-        record.write("step", (__doc__ or "").split("\n\n")[-1].strip(), {"steps": found}, found, key, asked.threads)
+        what = (__doc__ or "").split("\n\n")[-1].strip()
+        record.write("step", what, {"steps": found}, found, key, summary(found), asked.threads)
 
 
 if __name__ == "__main__":

@@ -89,21 +89,28 @@ def ours(settings: Config, load: Callable[[Any], None]) -> Callable[[list[Batch]
 
 def theirs(model: Any, *, autocast: bool) -> Callable[[dict[str, torch.Tensor]], Step]:
     """The same of a model of transformers: AdamW (torch's fused one) after clipping the norm of all gradients."""
+    step = accumulated(model, autocast=autocast)
+    return lambda inputs: lambda: step([inputs])
+
+
+def accumulated(model: Any, *, autocast: bool = False) -> Callable[[list[dict[str, torch.Tensor]]], float]:
+    """A step over several batches of a model of transformers, whose gradients add up; gives the last loss."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0, fused=True)
 
-    def step(inputs: dict[str, torch.Tensor]) -> float:
+    def step(batches: list[dict[str, torch.Tensor]]) -> float:
         with cpu.direct():  # what sends Megatron's CUDA calls to the CPU costs nothing here
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(**inputs, use_cache=False).loss
-            loss.backward()
+            for inputs in batches:
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = model(**inputs, use_cache=False).loss
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             return loss.item()
 
-    return lambda inputs: lambda: step(inputs)
+    return step
 
 
 def molmo2(arch: Architecture, freeze: tuple[str, ...]) -> Any:
