@@ -12,9 +12,10 @@ weights, which is what `transformers.Trainer(bf16=True)` does. A ratio below 1 m
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ def measure(size: str, kind: str, precision: str, rounds: int, clock: Callable[[
         }
 
 
+def earlier(sizes: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines of the last results that are not measured anew: all sizes in one run take minutes."""
+    file = record.RESULTS / "step.json"
+    steps = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.exists() else []
+    return [row for row in steps if row["size"] not in sizes]
+
+
 def summary(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """For the README: the ratios of each size and precision, by kind of row."""
     lines = []
@@ -124,8 +132,10 @@ def main() -> None:
     worst = max(found, key=lambda row: row["ratio"])
     print(f"Largest ratio: {worst['ratio']:.3f} ({worst['size']}, {worst['rows']}, {worst['transformers in']}).")
     if not (asked.dry_run or asked.processor_time):
-        key = {f"{row['size']} {row['rows']} {row['transformers in']}": round(row["ratio"], 3) for row in found}
         what = (__doc__ or "").split("\n\n")[-1].strip()
+        found = [*earlier(asked.sizes), *({**row, "commit": record.commit()} for row in found)]
+        found.sort(key=lambda row: list(trainers.ARCHITECTURES).index(row["size"]))
+        key = {f"{row['size']} {row['rows']} {row['transformers in']}": round(row["ratio"], 3) for row in found}
         record.write("step", what, {"steps": found}, found, key, summary(found), asked.threads)
 
 
