@@ -186,12 +186,11 @@ class Parts(Encoder):
         kept = last * vocab * self.e * trains
         forward = max(0, logits * (2 * FLOAT + copies) - kept)
         backward = chosen * hidden * 2 + (chosen > last) * trains * logits * (FLOAT + copies)
-        flops = 2 * language.hidden * vocab
+        flops = 2 * language.hidden * vocab  # of a token; the product for the hidden states' gradients runs in forward
         losses = tape.op(chosen * FLOAT, selected, keeps=(selected,),
                          extra=chosen * (INDEX + FLOAT + hidden * selected.grad) + kept, trains=trains,
-                         forward=forward, backward=backward, weight=vocab * hidden * trains,
-                         flops=flops * chosen * (1 + selected.grad),
-                         backward_flops=flops * (2 * chosen - last) * trains)  # fmt: skip
+                         forward=forward, backward=backward, weight=vocab * hidden * trains, flops=flops * chosen,
+                         backward_flops=flops * (chosen * selected.grad + (2 * chosen - last) * trains))  # fmt: skip
         return tape.op(rows * FLOAT, losses, extra=chosen * INDEX)
 
     @property
