@@ -86,11 +86,11 @@ def measure(size: str, kind: str, precision: str, rounds: int, clock: Callable[[
         }
 
 
-def earlier(sizes: Sequence[str]) -> list[dict[str, Any]]:
+def earlier(sizes: Sequence[str], kinds: Sequence[str]) -> list[dict[str, Any]]:
     """Lines of the last results that are not measured anew: all sizes in one run take minutes."""
     file = record.RESULTS / "step.json"
     steps = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.exists() else []
-    return [row for row in steps if row["size"] not in sizes]
+    return [row for row in steps if row["size"] not in sizes or row["rows"] not in kinds]
 
 
 def summary(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -133,7 +133,7 @@ def main() -> None:
     print(f"Largest ratio: {worst['ratio']:.3f} ({worst['size']}, {worst['rows']}, {worst['transformers in']}).")
     if not (asked.dry_run or asked.processor_time):
         what = (__doc__ or "").split("\n\n")[-1].strip()
-        found = [*earlier(asked.sizes), *({**row, "commit": record.commit()} for row in found)]
+        found = [*earlier(asked.sizes, asked.rows), *({**row, "commit": record.commit()} for row in found)]
         found.sort(key=lambda row: list(trainers.ARCHITECTURES).index(row["size"]))
         key = {f"{row['size']} {row['rows']} {row['transformers in']}": round(row["ratio"], 3) for row in found}
         record.write("step", what, {"steps": found}, found, key, summary(found), asked.threads)
