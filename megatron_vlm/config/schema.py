@@ -98,6 +98,9 @@ class DataConfig:
     """Most high-resolution crops of one image; 0 = only the whole image as a single crop."""
     max_images: int = 5
     """Most images of a sample; further ones are left out. 0 = no limit."""
+    high_resolution_crops: int = 24
+    """Most high-resolution crops of a single image in the share of visits that a mixture member's `high_resolution`
+    names."""
     multi_image_crops: int = 0
     """Most high-resolution crops of each image where a sample has several. 0 = as data.image_crops."""
     max_frames: int = 0

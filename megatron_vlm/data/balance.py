@@ -6,22 +6,50 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_vlm.batch import PREFIX_BRANCH
 from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.config.geometry import ImageGeometry, VideoLayout
+from megatron_vlm.cost import Work, forward
+from megatron_vlm.data.tree import TokenizedExample
 
 #: Most exchanges of rows, for each part, after the first dealing.
 SWAPS_PER_PART = 4
+_ADDED = ("pairs", "loss_tokens", "crops", "windows", "slots")
 
 
-def row_cost(arch: Architecture, lengths: Sequence[int], loss_tokens: int, crops: int) -> int:
-    """Multiply-adds, forward, in which rows of one length differ: attention inside each sample, head, vision tower.
+def attention_pairs(prefix: int, vision: int, branches: Sequence[int]) -> int:
+    """Query-key pairs that the mask allows inside one sample: causal, image blocks of the prefix in both directions,
+    each branch sees the prefix and itself.
 
-    lengths: tokens of each sample of the row. The other layers work on padding too and cost the same for every row.
+    prefix: its tokens before the branches, `vision` of them in image blocks. branches: tokens of each.
     """
-    language, vision = arch.language, arch.vision
-    attention = sum(length * length for length in lengths) * language.heads * language.head_dim * language.layers
-    head = loss_tokens * language.hidden * language.vocab_size
-    per_patch = 4 * vision.width**2 + 2 * vision.width * vision.mlp + 2 * vision.patches * vision.width
-    return attention + head + crops * vision.patches * per_patch * vision.layers
+    pairs = prefix * (prefix + 1) // 2 + vision * (vision - 1) // 2
+    return pairs + sum(length * prefix + length * (length + 1) // 2 for length in branches)
+
+
+def sample_work(content: TokenizedExample, geometry: ImageGeometry) -> Work:
+    """What one sample asks for, beside the places that it takes."""
+    of_prefix = content.branches == PREFIX_BRANCH
+    branches = np.bincount(content.branches[~of_prefix])
+    pairs = attention_pairs(int(of_prefix.sum()), int(content.is_vision.sum()), branches.tolist())
+    windows = sum(layout.placeholders for layout in content.layouts)
+    slots = sum(
+        layout.placeholders * (geometry.video_pool if isinstance(layout, VideoLayout) else geometry.pool) ** 2
+        for layout in content.layouts
+    )
+    if geometry.queries:
+        windows, slots = content.crops, content.crops * geometry.patches
+    return Work(0, pairs, int((content.loss_weights != 0).sum()), content.crops, windows, slots)
+
+
+def row_cost(arch: Architecture, length: int, samples: Sequence[Work]) -> int:
+    """Operations of a row's forward pass: those of its `length` places, padding too, and of what its samples ask for.
+
+    samples: Work of each; its `tokens` do not count.
+    """
+    total = Work(length, *(sum(getattr(one, name) for one in samples) for name in _ADDED))
+    flops = forward(arch, total)
+    return flops.vision + flops.connector + flops.language
 
 
 def deal(costs: Sequence[int], ranks: int, micro_batches: int) -> list[list[list[int]]]:

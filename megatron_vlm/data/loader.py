@@ -116,8 +116,9 @@ class Loader:
         settings = TreeSettings.of(data, tokenizer, arch)
         geometry = settings.geometry
         self._planner = Planner(
-            shards, split, self.sources, tuple(m.weight for m in mixture.members), order, settings, arch, data.window
-        )
+            shards, split, self.sources, tuple(m.weight for m in mixture.members), order, settings, arch, data.window,
+            tuple(m.high_resolution for m in mixture.members),
+        )  # fmt: skip
         self._identity = {
             "manifest": shards.hash,
             "tokenizer": tokenizer.hash,
@@ -127,6 +128,13 @@ class Loader:
             "geometry": repr(geometry),
             **{name: getattr(data, name) for name in _SETTINGS},
         }
+        if any(member.high_resolution for member in mixture.members):
+            if data.max_crops < 1 + data.high_resolution_crops:
+                raise ValueError(
+                    f"data.max_crops={data.max_crops} is less than an image of data.high_resolution_crops="
+                    f"{data.high_resolution_crops} can have, and data.mixture={data.mixture} draws such images."
+                )
+            self._identity["high_resolution_crops"] = data.high_resolution_crops
         if shards.has_videos:
             self._identity["videos"] = f"{data.frames_per_second} {data.max_frames} {geometry.video_pool}"
         self._position = (0, 0) if state is None else self._checked(state)

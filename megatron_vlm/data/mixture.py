@@ -9,6 +9,7 @@
 
 root_size_factor f: 0 = share 1 whatever the size; below 1 = the root of size x f; 1 and more = as if it had f samples.
 sampling_rate: multiplies the member's share inside the group. weight: flat weight of each of its loss tokens.
+high_resolution: share of visits that see a single image in up to data.high_resolution_crops crops.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Member:
     root_size_factor: float | None = None
     sampling_rate: float = 1.0
     weight: float | None = None
+    high_resolution: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,7 @@ class Mixture:
     @property
     def hash(self) -> str:
         """sha256 of what the file means; comments and layout do not count."""
-        groups = [
-            [group.name, group.rate, [[m.name, m.root_size_factor, m.sampling_rate, m.weight] for m in group.members]]
-            for group in self.groups
-        ]
+        groups = [[group.name, group.rate, [_meaning(member) for member in group.members]] for group in self.groups]
         return hashlib.sha256(json.dumps(groups).encode()).hexdigest()
 
     def rates(self, size: Callable[[str], int]) -> tuple[float, ...]:
@@ -85,6 +84,12 @@ class Mixture:
                 f"none of the mixture's data sets ({', '.join(m.name for m in self.members)}) has a sample."
             )
         return tuple(share / total for share in shares)
+
+
+def _meaning(member: Member) -> list[Any]:
+    found: list[Any] = [member.name, member.root_size_factor, member.sampling_rate, member.weight]
+    # Left out where it is not used, so that mixtures of older runs keep their hash.
+    return [*found, member.high_resolution] if member.high_resolution else found
 
 
 def _root(member: Member, size: int) -> float:
@@ -144,16 +149,20 @@ def _member(content: Any, group: str) -> Member:
     if isinstance(content, str):
         content = {"name": content}
     where = f"a member of group {group!r}"
-    member = _mapping(content, where, {"name", "root_size_factor", "sampling_rate", "weight"})
+    member = _mapping(content, where, {"name", "root_size_factor", "sampling_rate", "weight", "high_resolution"})
     name = member.get("name")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"{where} is called {name!r}; needed letters, digits, `_` and `-`.")
     factor, weight = member.get("root_size_factor"), member.get("weight")
+    high_resolution = _positive(member.get("high_resolution", 0.0), f"high_resolution of {name!r}", zero=True)
+    if high_resolution > 1:
+        raise ValueError(f"high_resolution of {name!r} is {high_resolution}; needed a share, 0 to 1.")
     return Member(
         name,
         None if factor is None else _positive(factor, f"root_size_factor of {name!r}", zero=True),
         _positive(member.get("sampling_rate", 1.0), f"sampling_rate of {name!r}"),
         None if weight is None else _positive(weight, f"weight of {name!r}", zero=True),
+        high_resolution,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlm.config.architecture import Architecture
-from megatron_vlm.data.balance import row_cost
+from megatron_vlm.data.balance import row_cost, sample_work
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.order import Draw, MixtureOrder, OnePassOrder
 from megatron_vlm.data.pack import pack
@@ -38,7 +38,7 @@ class Row:
     samples: tuple[Sample, ...]
     """() = a row of padding, at the end of a single pass."""
     cost: int
-    """Estimated work beyond that of padding."""
+    """Operations of its forward pass."""
 
     @property
     def tokens(self) -> int:
@@ -51,7 +51,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Planner:
-    """Expands windows. `sources` are the mixture's data sets, `flat_weights` their flat loss weights or None."""
+    """Expands windows. `sources` are the mixture's data sets, `flat_weights` their flat loss weights or None,
+    `high_resolution` their shares of visits with more crops (() = none)."""
 
     shards: Shards
     split: str
@@ -62,6 +63,7 @@ class Planner:
     arch: Architecture
     length: int
     """Draws of a window."""
+    high_resolution: tuple[float, ...] = ()
 
     def plan(self, window: int) -> list[Row] | None:
         """The rows of a window in a random order; None after the last window of a single pass.
@@ -86,16 +88,15 @@ class Planner:
     def _sample(self, draw: Draw) -> Sample:
         source = self.sources[draw.source]
         example = self.shards.example(source, self.split, draw.place)
-        content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source])
+        fine = self.high_resolution[draw.source] if self.high_resolution else 0.0
+        content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source], fine)
         # Images beyond data.max_images have no layout.
         media = tuple(media.key for media in example.media[: len(content.layouts)])
         return Sample(f"{source}/{example.key}", draw.source, media, content)
 
     def _row(self, number: int, samples: tuple[Sample, ...]) -> Row:
-        lengths = [len(sample.content.tokens) for sample in samples]
-        loss_tokens = sum(int((sample.content.loss_weights != 0).sum()) for sample in samples)
-        crops = sum(sample.content.crops for sample in samples)
-        return Row(number, samples, row_cost(self.arch, lengths, loss_tokens, crops))
+        work = [sample_work(sample.content, self.settings.geometry) for sample in samples]
+        return Row(number, samples, row_cost(self.arch, self.settings.max_tokens, work))
 
 
 def padding_row(number: int) -> Row:

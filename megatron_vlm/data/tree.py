@@ -91,6 +91,8 @@ class TreeSettings:
     """Most frames of a video; 0 = max_crops."""
     frames_per_second: float = 2.0
     """Frames taken of a second of video, if they are not too many."""
+    high_resolution_crops: int = 0
+    """Most high-resolution crops of a single image in visits of high resolution."""
 
     @classmethod
     def of(cls, data: DataConfig, tokenizer: Tokenizer, arch: Architecture) -> TreeSettings:
@@ -107,6 +109,7 @@ class TreeSettings:
             multi_image_crops=data.multi_image_crops,
             max_frames=data.max_frames,
             frames_per_second=data.frames_per_second,
+            high_resolution_crops=data.high_resolution_crops,
         )
 
     def __post_init__(self) -> None:
@@ -119,15 +122,22 @@ class TreeSettings:
 
 
 def tokenize(
-    example: Example, dataset: str, visit: int, settings: TreeSettings, flat_weight: float | None = None
+    example: Example,
+    dataset: str,
+    visit: int,
+    settings: TreeSettings,
+    flat_weight: float | None = None,
+    high_resolution: float = 0.0,
 ) -> TokenizedExample:
     """The sample as its `visit`-th visit makes it: random choices are keyed by seed, data set, sample and visit.
 
     flat_weight: weight of each loss token, instead of the settings' weighting.
+    high_resolution: share of visits that see a single image in up to `settings.high_resolution_crops` crops.
     Raises ValueError, naming the sample, where its images or the beginning of its first answer do not fit.
     """
     identity = (settings.seed, dataset, example.key, visit)
-    layouts = media_layouts(example, settings)
+    fine = high_resolution > 0 and generator(*identity, "resolution").random() < high_resolution
+    layouts = media_layouts(example, settings, high_resolution=fine)
     prefix = prefix_tokens(layouts, settings.tokenizer)[0]
     order = list(range(len(example.branches)))
     if len(order) > 1:
@@ -148,8 +158,11 @@ def tokenize(
     return _assemble(parts, layouts, dropped, settings, flat_weight, left_out)
 
 
-def media_layouts(example: Example, settings: TreeSettings) -> tuple[Layout, ...]:
-    """How the sample's images, or its video, are shown; at most `settings.max_images` images."""
+def media_layouts(example: Example, settings: TreeSettings, *, high_resolution: bool = False) -> tuple[Layout, ...]:
+    """How the sample's images, or its video, are shown; at most `settings.max_images` images.
+
+    high_resolution: a single image in up to `settings.high_resolution_crops` crops.
+    """
     if example.video is not None:
         most = settings.max_frames or settings.max_crops
         layout = video_layout(example, settings.geometry, settings.frames_per_second, most)
@@ -159,6 +172,8 @@ def media_layouts(example: Example, settings: TreeSettings) -> tuple[Layout, ...
     geometry = settings.geometry
     if len(media) > 1 and settings.multi_image_crops:
         geometry = dataclasses.replace(geometry, max_crops=settings.multi_image_crops)
+    if len(media) == 1 and high_resolution:
+        geometry = dataclasses.replace(geometry, max_crops=settings.high_resolution_crops)
     return tuple(image_layout(one.width, one.height, geometry) for one in media)
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config.presets import PRESETS
-from megatron_vlm.data.balance import deal, row_cost
+from megatron_vlm.cost import Work, forward
+from megatron_vlm.data.balance import attention_pairs, deal, row_cost
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (4, 2), (8, 1), (16, 4)])
@@ -29,10 +30,24 @@ def test_rows_that_do_not_divide_are_refused():
         deal([1] * 10, 4, 1)
 
 
-def test_costs_grow_with_what_costs():
+def test_costs_are_those_of_the_cost_module():
     arch = PRESETS["molmo2_4b"]
-    base = row_cost(arch, [1000, 1000], 500, 10)
-    assert base < row_cost(arch, [2000], 500, 10)
-    assert base < row_cost(arch, [1000, 1000], 501, 10) < row_cost(arch, [1000, 1000], 500, 20)
-    # 9 crops through 25 layers of 400M parameters' worth: about 16.6 TFLOP forward and backward, 2.8 TMAC forward.
-    assert 2.4e12 < row_cost(arch, [], 0, 9) < 3.3e12
+    one, other = Work(0, 1000, 50, 9, 900, 3600), Work(0, 2000, 0, 2, 81, 729)
+    whole = forward(arch, Work(4096, 3000, 50, 11, 981, 4329))
+    assert row_cost(arch, 4096, [one, other]) == whole.vision + whole.connector + whole.language
+    assert row_cost(arch, 4096, []) == forward(arch, Work(4096, 0, 0, 0, 0, 0)).language
+
+
+@pytest.mark.parametrize(
+    ("prefix", "vision", "branches"), [(9, 5, [4, 3]), (1, 0, [6]), (7, 6, [2]), (3, 2, [1, 1, 5])]
+)
+def test_pairs_are_those_of_the_mask_rule(prefix, vision, branches):
+    """Against the rule written out: causal or both in image blocks, and no other branch."""
+    branch = [None] * prefix + [number for number, length in enumerate(branches) for _ in range(length)]
+    seen = [1 <= place <= vision for place in range(len(branch))]
+    allowed = sum(
+        (key <= query or (seen[query] and seen[key])) and branch[key] in (None, branch[query])
+        for query in range(len(branch))
+        for key in range(len(branch))
+    )
+    assert attention_pairs(prefix, vision, branches) == allowed

@@ -51,6 +51,7 @@ def test_the_hash_is_of_the_meaning(tmp_path):
     assert load(written(tmp_path, "# a comment\n" + GOOD)).hash == first
     assert load(written(tmp_path, GOOD.replace("0.2", "0.3"))).hash != first
     assert load(written(tmp_path, GOOD.replace("0.1", "0.3"))).hash != first
+    assert load(written(tmp_path, GOOD.replace("0.1}", "0.1, high_resolution: 0.3}"))).hash != first
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_the_hash_is_of_the_meaning(tmp_path):
         ("groups: {a: {rate: 1, members: [../x]}}", "called '../x'"),
         ("groups: {a: {rate: 1, members: [{name: x, weigth: 2}]}}", "unknown keys weigth"),
         ("groups: {a: {rate: 1, members: [{name: x, weight: true}]}}", "weight of 'x' is True"),
+        ("groups: {a: {rate: 1, members: [{name: x, high_resolution: 1.5}]}}", "high_resolution of 'x' is 1.5"),
         ("groups: !!python/object/apply:os.getcwd []", "not a mixture"),
         ("groups: [", "not a mixture"),
     ],

@@ -190,3 +190,16 @@ def test_unknown_settings_are_refused():
         dataclasses.replace(SETTINGS, prompts="x")
     with pytest.raises(ValueError, match="data.loss_weighting='x'"):
         dataclasses.replace(SETTINGS, loss_weighting="x")
+
+
+def test_a_share_of_visits_sees_a_single_image_in_more_crops():
+    photo = dataclasses.replace(PHOTO, width=1500, height=1000)
+    settings = dataclasses.replace(SETTINGS, high_resolution_crops=24)
+    one, two = Example("a", (qa("what?", "cat"),), (photo,)), Example("a", (qa("what?", "cat"),), (photo, photo))
+    crops = [tokenize(one, "d", visit, settings, high_resolution=0.3).crops for visit in range(400)]
+    usual = tokenize(one, "d", 0, settings).crops
+    assert usual <= 5 < max(crops) <= 25 and set(crops) == {usual, max(crops)}
+    # 400 visits of a share of 0.3: five standard deviations are 46.
+    assert abs(crops.count(max(crops)) - 120) < 46
+    assert crops == [tokenize(one, "d", visit, settings, high_resolution=0.3).crops for visit in range(400)]
+    assert {tokenize(two, "d", visit, settings, high_resolution=1.0).crops for visit in range(9)} == {2 * usual}
