@@ -184,6 +184,21 @@ def test_errors_reach_the_caller(folder, tmp_path):
         Loader(config(folder, workers=-1), ARCH, Share())
 
 
+def test_visits_of_high_resolution_are_part_of_the_stream(folder, tmp_path):
+    text = (folder / "mixture.yaml").read_text().replace("[pointing]", "[{name: pointing, high_resolution: 0.5}]")
+    (tmp_path / "mixture.yaml").write_text(text)
+    options = {"mixture": str(tmp_path / "mixture.yaml"), "image_crops": 1, "high_resolution_crops": 4}
+    more, usual = steps(config(folder, **options), 4), steps(config(folder, image_crops=1), 4)
+    assert sum(step.crops for step in more) > sum(step.crops for step in usual)
+    loader = Loader(config(folder, **options), ARCH, Share())
+    state = loader.state_dict()
+    loader.close()
+    with pytest.raises(ValueError, match="high_resolution_crops was 4 and is now 5"):
+        Loader(config(folder, **options | {"high_resolution_crops": 5}), ARCH, Share(), state=state)
+    with pytest.raises(ValueError, match=r"max_crops=12 is less than an image of data.high_resolution_crops=24"):
+        Loader(config(folder, **options | {"high_resolution_crops": 24}), ARCH, Share())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_stops_the_run_by_name(tmp_path, workers):
     build(tmp_path)
