@@ -5,7 +5,7 @@
 The head of Qwen3-0.6B: 1,024 wide, 151,936 rows. Ours selects the loss tokens, then computes their logits chunk by
 chunk; the other side is what transformers does: logits of all tokens in float32, cross-entropy that ignores prompts.
 Forward and backward to the hidden states, and to the head where it trains. Memory: most bytes that operators held at
-once beyond the hidden states, their gradient and the head's, for 64 loss tokens after prompts of different length.
+once beyond the hidden states and the head, for 64 loss tokens after prompts of different length.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def memory(prompt: int) -> dict[str, Any]:
             meter.known(each.data)
         with meter:
             torch.autograd.grad(loss(*made), [made[0]])
-        found[f"{name} MB"] = (meter.peak - made[0].nbytes) / 1e6
+        found[f"{name} MB"] = meter.peak / 1e6
     return found
 
 
