@@ -1,6 +1,6 @@
 """Turn data into the shards that training reads: JSONL of one's own, downloaded data sets, tars made elsewhere.
 
-    python tools/build_shards.py build my.jsonl --images photos/ --out my_shards
+    python tools/build_shards.py build my.jsonl --media files/ --out my_shards
     python tools/build_shards.py dataset pixmo_cap cosyn_point --source downloads --out my_shards --workers 16
     python tools/build_shards.py import tars/*.tar --dataset mine --out my_shards
     python tools/build_shards.py verify|stats my_shards
@@ -60,10 +60,12 @@ def build(options: argparse.Namespace) -> None:
 
         writer.add_file("mixture.yaml", _mixture(names).encode())
         for file, dataset in zip(options.files, names, strict=True):
-            images = options.images or file.parent
+            folder = options.media or file.parent
             for number, line in _lines(file):
                 try:
-                    sample = formats.read_line(line, key=f"{number:08d}", images=images, add_image=add_image)
+                    sample = formats.read_line(
+                        line, key=f"{number:08d}", folder=folder, add_image=add_image, add_video=writer.add_video
+                    )
                     split = options.held_out_split if _held_out(sample.key, options.held_out) else options.split
                     writer.add(sample, dataset, split)
                 except (ValueError, OSError) as error:
@@ -231,7 +233,7 @@ def _print_counts(shards: Shards, left_out: int) -> None:
     for dataset in shards.datasets:
         for split in shards.splits(dataset):
             print(f"{dataset:20} {split:12} {shards.count(dataset, split):8} samples")
-    print(f"{shards.manifest['media']['count']} images, {left_out} lines left out, in {shards.directory}")
+    print(f"{shards.manifest['media']['count']} images and videos, {left_out} lines left out, in {shards.directory}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -240,7 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("build", help="JSONL -> shards", description=formats.__doc__, formatter_class=raw)
     one.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="each is one data set")
-    one.add_argument("--images", type=Path, help="folder that image paths start from (default: that of the JSONL file)")
+    one.add_argument(
+        "--media", "--images", type=Path, help="folder that paths of images and videos start from (default: that of "
+        "the JSONL file)"
+    )  # fmt: skip
     one.add_argument("--dataset", help="name of the data set (default: the file's name without .jsonl)")
     _add_splits(one)
     _add_output(one)

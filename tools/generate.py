@@ -1,11 +1,14 @@
-"""Ask a trained model about an image; draw the places that it names.
+"""Ask a trained model about images or a video; draw the places that it names.
 
     python tools/generate.py --checkpoint runs/tiny-stage3 --image photo.jpg "Point to the red stars."
     python tools/generate.py --checkpoint runs/tiny-stage1 --image photo.jpg "pointing: red stars" --draw points.png
+    python tools/generate.py --checkpoint runs/mine --image a.jpg --image b.jpg "Which image shows a cat?"
+    python tools/generate.py --checkpoint runs/mine --video v.mp4 --rate 2 "Track the red circles." --draw out.mp4
     python tools/generate.py --checkpoint runs/tiny-stage3 --sample pointing --count 4 --draw pictures/
 
-With --sample it takes images and questions of a data set's test split and prints the true answers beside.
---before answers with the weights that the run began with, to show what training changed.
+With --sample it takes media and questions of a data set's test split and prints the true answers beside.
+--before answers with the weights that the run began with, to show what training changed. A film (out.mp4) shows each
+object where it was last said to be; out.png is a sheet of frames.
 """
 
 from __future__ import annotations
@@ -19,27 +22,42 @@ from typing import Any
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.parallel import process
 
-#: Pixels of the shorter side of a drawn picture, at least.
-DRAWN_SIDE = 336
-
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run directory, a folder of checkpoints, one checkpoint")
     parser.add_argument("--image", type=Path, action="append", default=[], help="JPEG or PNG; may be given repeatedly")
+    parser.add_argument("--video", type=Path, help="MP4, WebM, MKV, AVI or TS, in the place of images")
+    parser.add_argument("--start", type=float, default=0.0, metavar="S", help="where the video begins, in seconds")
+    parser.add_argument("--end", type=float, metavar="S", help="where it ends (default: its end)")
+    parser.add_argument(
+        "--rate", type=int, default=0, help="show frames as for tracks made so many times a second (default: as others)"
+    )
     parser.add_argument(
         "question", nargs="*", help="what the user says, with a style before it where the model needs one"
     )
-    parser.add_argument("--sample", metavar="DATASET", help="take images and questions of the run's data instead")
+    parser.add_argument("--sample", metavar="DATASET", help="take media and questions of the run's data instead")
     parser.add_argument("--count", type=int, default=4, help="samples with --sample (default 4)")
     parser.add_argument("--before", action="store_true", help="the weights before training")
-    parser.add_argument("--draw", type=Path, help="picture to write (a folder with --sample)")
+    parser.add_argument("--draw", type=Path, help="picture or film to write (a folder with --sample)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     asked = parser.parse_args(argv)
     if bool(asked.sample) == bool(asked.question):
         parser.error("give a question, or --sample DATASET")
+    if asked.sample and (asked.image or asked.video):
+        parser.error("--sample brings its own media: leave out --image and --video")
+    if asked.image and asked.video:
+        parser.error("a prompt has images or a video, not both")
+    if not asked.video and (asked.start or asked.end is not None or asked.rate):
+        parser.error("--start, --end and --rate are about a --video")
+    if asked.draw and asked.question:
+        if not (asked.image or asked.video):
+            parser.error("--draw needs an --image or a --video to draw on")
+        endings = (".png", ".mp4") if asked.video else (".png", ".jpg")
+        if asked.draw.suffix.lower() not in endings:
+            parser.error(f"--draw {asked.draw}: needed a file name that ends in {' or '.join(endings)}")
     return asked
 
 
@@ -50,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _answer(asked: argparse.Namespace) -> None:
+    files, sample = _own_media(asked)
     backend = process.start(RunConfig(device=asked.device))
     from megatron_vlm.evaluate import run
     from megatron_vlm.parallel import groups
@@ -60,36 +79,48 @@ def _answer(asked: argparse.Namespace) -> None:
     if asked.sample:
         _samples(asked, trained)
     else:
-        _own(asked, trained)
+        _own(asked, trained, files, sample)
 
 
-def _own(asked: argparse.Namespace, trained: Any) -> None:
-    """The user's images and questions."""
-    from megatron_vlm.data import image
-    from megatron_vlm.data.example import Media
+def _own_media(asked: argparse.Namespace) -> tuple[Any, Any]:
+    """The user's files and a sample of them, before the model is loaded: a wrong name is told at once."""
+    from megatron_vlm.data.example import Clip, Example
+    from megatron_vlm.data.media import Files
+
+    files, media = Files(), []
+    for option, add in (("--image", files.add_image), ("--video", files.add_video)):
+        for path in asked.image if option == "--image" else [asked.video] if asked.video else []:
+            if not path.is_file():
+                raise ValueError(f"{option} {path}: there is no such file.")
+            media.append(add(path.read_bytes(), name=str(path)))
+    clip = Clip(asked.start, asked.end, asked.rate) if asked.video else None
+    sample = Example("asked", (), tuple(media), clip=clip)
+    sample.check_media()
+    return files, sample
+
+
+def _own(asked: argparse.Namespace, trained: Any, files: Any, sample: Any) -> None:
+    """The user's media and questions."""
     from megatron_vlm.evaluate import tasks
     from megatron_vlm.evaluate.generate import generate
 
-    pixels = []
-    for path in asked.image:
-        if not path.is_file():
-            raise ValueError(f"--image {path}: there is no such file.")
-        pixels.append(image.decode(path.read_bytes(), name=str(path)))
-    media = [Media("", one.shape[1], one.shape[0]) for one in pixels]
-    prompt = tasks.picture_prompt(media, pixels, asked.question, trained.tree)
+    most = trained.config.data.max_images
+    if most and len(sample.media) > most:
+        raise ValueError(f"{len(sample.media)} images: this model was trained with {most} at most (data.max_images).")
+    prompt = tasks.asked(sample, files, asked.question, trained.tree)
     (ids,) = generate(
         trained.model, [prompt], trained.tokenizer, max_new_tokens=asked.max_new_tokens, device=trained.device
     )
     said = [trained.tokenizer.decode(answer) for answer in ids]
     for question, words in zip(asked.question, said, strict=True):
         print(f"{question}\n  {words}")
-    if asked.draw and pixels:
-        _draw(pixels[0], said[0], [], asked.draw)
+    if asked.draw:
+        _draw(files, sample, said[0], None, asked.draw, asked.question[0])
 
 
 def _samples(asked: argparse.Namespace, trained: Any) -> None:
     """Test samples of the run's data."""
-    from megatron_vlm.data import image
+    from megatron_vlm.data import points
     from megatron_vlm.data.example import Points
     from megatron_vlm.evaluate import run, tasks
 
@@ -100,42 +131,39 @@ def _samples(asked: argparse.Namespace, trained: Any) -> None:
         print(f"{asked.sample}/{one.key}")
         for branch, answer in zip(one.branches, words, strict=True):
             wanted = branch.turns[0].answer
-            true = f"{len(wanted.points)} {wanted.label}" if isinstance(wanted, Points) else wanted
+            true = wanted if isinstance(wanted, str) else points.write(wanted, branch.style, seconds=bool(one.video))
+            if isinstance(wanted, Points) and not one.video:
+                true = f"{len(wanted.points)} {wanted.label}"
             print(f"  {branch.style}: {branch.turns[0].prompt}\n    said  {answer}\n    true  {true}")
         if asked.draw and one.media:
-            pixels = image.decode(shards.media(one.media[0].key), name=one.key)
-            wanted = one.branches[0].turns[0].answer
-            places = [(point.x, point.y) for point in wanted.points] if isinstance(wanted, Points) else []
-            _draw(pixels, words[0], places, asked.draw / f"{number}.png", one.branches[0].turns[0].prompt)
+            path = asked.draw / f"{number}.{'mp4' if one.video else 'png'}"
+            first = one.branches[0].turns[0]
+            _draw(shards, one, words[0], first.answer, path, first.prompt)
 
 
-def _draw(pixels: Any, said: str, true: Sequence[tuple[float, float]], path: Path, title: str = "") -> None:
-    """The image with the places that `said` names (crosses) and the true ones (rings)."""
-    from PIL import Image, ImageDraw
+def _draw(store: Any, sample: Any, said: str, wanted: Any, path: Path, title: str) -> None:
+    """The sample's media with the places that `said` names (crosses) and the true ones (rings)."""
+    from megatron_vlm.data import image, points
+    from megatron_vlm.data.example import Points
+    from megatron_vlm.evaluate import draw
 
-    from megatron_vlm.data import points
-
-    picture = Image.fromarray(pixels)
-    scale = max(1, -(-DRAWN_SIDE // min(picture.size)))
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    canvas = Image.new("RGB", (picture.width, picture.height + 18 * bool(title)), "white")
-    canvas.paste(picture, (0, 18 * bool(title)))
-    pen = ImageDraw.Draw(canvas)
-    if title:
-        pen.text((4, 3), title, fill="black")
-    size = max(5, min(picture.size) // 40)
-    for mark, places in (("ring", true), ("cross", [(place.x, place.y) for place in points.parse(said)])):
-        for x, y in places:
-            left, top = x * picture.width, y * picture.height + 18 * bool(title)
-            for color, width in (("black", 5), ("white" if mark == "ring" else "magenta", 2)):
-                if mark == "ring":
-                    box = (left - 2 * size, top - 2 * size, left + 2 * size, top + 2 * size)
-                    pen.ellipse(box, outline=color, width=width)
-                else:
-                    pen.line((left - size, top - size, left + size, top + size), fill=color, width=width)
-                    pen.line((left - size, top + size, left + size, top - size), fill=color, width=width)
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    if sample.video is None:
+        places, pictures = points.parse(said), []
+        true = wanted.points if isinstance(wanted, Points) else ()
+        for number, media in enumerate(sample.media, start=1):
+            pixels = image.decode(store.media(media.key), name=str(path))
+            marks = draw.rings((place.x, place.y) for place in true if place.at == number)
+            pictures.append(draw.marked(pixels, [*marks, *draw.crosses(places, number)], title if number == 1 else ""))
+        draw.beside(pictures).save(path)
+    else:
+        key, start = sample.video.key, sample.clip.start if sample.clip else 0.0
+        about = {"start": start, "seconds": sample.seconds, "title": title}
+        film = store.media(key), store.timeline(key), said
+        if path.suffix.lower() == ".mp4":
+            draw.write_film(path, *film, true=wanted, **about)
+        else:
+            draw.film_sheet(*film, true=wanted, **about).save(path)
     print(f"  drawn: {path}")
 
 

@@ -1,11 +1,13 @@
 """Look at data: what is in a directory of shards, or which samples one step of a run was made of.
 
     python tools/inspect_data.py                         the sample data (built on first use)
+    python tools/inspect_data.py video_tracks            one of its data sets
     python tools/inspect_data.py my_shards --num-samples 20 --out look/
     python tools/inspect_data.py --run runs/tiny-stage1 --step 40
 
 Prints counts and lengths per data set and split, then draws --num-samples samples, spread over the data sets and the
-same every time, as PNGs with their points marked, and one page, index.html, which holds everything that it shows.
+same every time, as PNGs with their points and tracks marked (of a video its key frames: those with places first), and
+one page, index.html, which holds everything that it shows.
 """
 
 from __future__ import annotations
@@ -21,23 +23,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from megatron_vlm.config import load, presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import points, video
-from megatron_vlm.data.example import Branch, Example, Point, Points, Tracks
+from megatron_vlm.data.example import Branch, Example, Tracks
 from megatron_vlm.data.image import decode
 from megatron_vlm.data.keyed import Permutation
 from megatron_vlm.data.loader import Loader, Share, Step
 from megatron_vlm.data.sample import build
 from megatron_vlm.data.shards import Shards
+from megatron_vlm.evaluate import draw
 
-#: Colours of the marks, one per branch of a sample.
-COLORS = ("#ff2d55", "#00c7be", "#ffd60a", "#af52de", "#32d74b", "#ff9f0a")
-#: Images are enlarged for the page until their longer side has this many pixels.
-SHOWN_SIDE = 336
 #: Frames that the page shows of a video.
 SHOWN_FRAMES = 8
 STYLE = (
@@ -57,6 +56,9 @@ class Summary(NamedTuple):
     samples: int
     branches: int
     images: int
+    videos: int
+    seconds: float
+    """Of video, over all samples; of a clip only its part."""
     characters: int
     """Of the median sample, its keys and field names not counted."""
     longest: int
@@ -64,7 +66,12 @@ class Summary(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", nargs="?", help="directory of shards (default: the sample data)")
+    parser.add_argument(
+        "manifest",
+        nargs="?",
+        metavar="NAME",
+        help="directory of shards, or a data set of the sample data (default: all)",
+    )
     parser.add_argument("--num-samples", type=int, default=12, help="samples to draw; 0 = none (default: %(default)s)")
     parser.add_argument("--dataset", help="only this data set")
     parser.add_argument("--split", help="only this split")
@@ -85,7 +92,10 @@ def inspect(options: argparse.Namespace) -> None:
     """Print the table, write the pictures and the page."""
     if options.num_samples < 0:
         raise ValueError(f"--num-samples {options.num_samples}: needed 0 or more.")
-    shards = Shards(options.manifest or build())
+    shards, named = opened(options.manifest)
+    if named and options.dataset not in (None, named):
+        raise ValueError(f"{named} and --dataset {options.dataset} name two data sets.")
+    options.dataset = options.dataset or named
     splits = [
         (dataset, split)
         for dataset in shards.datasets
@@ -97,10 +107,22 @@ def inspect(options: argparse.Namespace) -> None:
         raise ValueError(f"{shards.directory} has no such data set or split. It has {known}.")
     rows = [summary(shards, dataset, split) for dataset, split in tqdm(splits, desc="reading", disable=None)]
     print(table(rows))
-    print(f"{shards.manifest['media']['count']} images in {shards.directory}, manifest {shards.hash[:12]}")
+    print(f"{shards.manifest['media']['count']} images and videos in {shards.directory}, manifest {shards.hash[:12]}")
     if options.num_samples:
-        page = write_page(shards, rows, drawn(shards, splits, options.num_samples, options.seed), options.out)
+        page = write_page(shards, rows, chosen(shards, splits, options.num_samples, options.seed), options.out)
         print(f"{page}: open it in a browser")
+
+
+def opened(name: str | None) -> tuple[Shards, str | None]:
+    """The shards of a directory, or the sample data; and the data set of the sample data that was named instead."""
+    if name is None or Path(name).exists():
+        return Shards(name or build()), None
+    shards = Shards(build())
+    if name not in shards.datasets:
+        raise ValueError(
+            f"{name} is no directory of shards, and none of the sample data's sets: {', '.join(shards.datasets)}."
+        )
+    return shards, name
 
 
 def inspect_step(options: argparse.Namespace) -> None:
@@ -161,7 +183,9 @@ def summary(shards: Shards, dataset: str, split: str) -> Summary:
         split,
         len(samples),
         sum(len(sample.branches) for sample in samples),
-        sum(len(sample.media) for sample in samples),
+        sum(len(sample.media) for sample in samples if sample.video is None),
+        sum(sample.video is not None for sample in samples),
+        round(sum(sample.seconds for sample in samples), 1),
         int(np.median(lengths)),
         max(lengths),
     )
@@ -169,12 +193,11 @@ def summary(shards: Shards, dataset: str, split: str) -> Summary:
 
 def table(rows: list[Summary]) -> str:
     """The summaries as lines of text."""
-    lines = [
-        f"{'data set':16} {'split':12} {'samples':>8} {'branches':>9} {'images':>8} {'median chars':>13} {'longest':>8}"
-    ]
+    head = f"{'data set':16} {'split':12} {'samples':>8} {'branches':>9} {'images':>8} {'videos':>7} {'seconds':>9} "
+    lines = [f"{head}{'median chars':>13} {'longest':>8}"]
     lines += [
-        f"{row.dataset:16} {row.split:12} {row.samples:8} {row.branches:9} {row.images:8} {row.characters:13} "
-        f"{row.longest:8}"
+        f"{row.dataset:16} {row.split:12} {row.samples:8} {row.branches:9} {row.images:8} {row.videos:7} "
+        f"{row.seconds:9.1f} {row.characters:13} {row.longest:8}"
         for row in rows
     ]
     return "\n".join(lines)
@@ -195,7 +218,7 @@ def exchanges(branch: Branch, *, seconds: bool) -> Iterator[tuple[str, str]]:
         yield turn.prompt, answer if isinstance(answer, str) else points.write(answer, branch.style, seconds=seconds)
 
 
-def drawn(shards: Shards, splits: list[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str, Example]]:
+def chosen(shards: Shards, splits: list[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str, Example]]:
     """`count` samples, from one split after the other, each at most once."""
     orders = {split: Permutation(shards.count(*split), seed, *split, "inspect") for split in splits}
     left = count
@@ -210,44 +233,36 @@ def pictures(shards: Shards, sample: Example) -> Iterator[Image.Image]:
     """The images of a sample, or some frames of its video: those with places first, then evenly spread ones."""
     if sample.video is None:
         for number, media in enumerate(sample.media, start=1):
-            yield marked(decode(shards.media(media.key), name=sample.key), sample, number)
+            yield draw.marked(decode(shards.media(media.key), name=sample.key), marks(sample, number))
         return
     start = sample.clip.start if sample.clip else 0.0
-    pointed = sorted({place.at for branch in sample.branches for turn in branch.turns for place in places(turn.answer)})
-    spread = np.linspace(0, sample.seconds, SHOWN_FRAMES).tolist()
-    moments = sorted([*pointed, *spread[: max(0, SHOWN_FRAMES - len(pointed))]][:SHOWN_FRAMES])
+    answers = [turn.answer for branch in sample.branches for turn in branch.turns]
+    pointed = sorted({place.at for answer in answers for place in draw.true_places(answer)})
+    moments = draw.key_moments(pointed, sample.seconds, SHOWN_FRAMES)
     key = sample.video.key
     frames = video.read(shards.media(key), shards.timeline(key), [start + at for at in moments], name=sample.key)
     for at, pixels in zip(moments, frames, strict=True):
-        yield marked(pixels, sample, at)
+        yield draw.marked(pixels, marks(sample, at), f"{at:.1f} s")
 
 
-def places(answer: str | Points | Tracks) -> tuple[Point, ...]:
-    """Every place that an answer names."""
-    if isinstance(answer, Tracks):
-        return tuple(place for track in answer.objects for place in track)
-    return answer.points if isinstance(answer, Points) else ()
-
-
-def marked(pixels: np.ndarray, sample: Example, at: float) -> Image.Image:
-    """(h, w, 3) pixels, enlarged where small, with the places of every branch in the branch's colour.
+def marks(sample: Example, at: float) -> Iterator[draw.Mark]:
+    """Rings at the places of every branch in the branch's colour; of a track also its number, and dots where it was.
 
     at: number of the image, or time of the frame, whose places are marked.
     """
-    image = Image.fromarray(pixels)
-    scale = max(1, SHOWN_SIDE // max(image.size))
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    pen = ImageDraw.Draw(image)
     for number, branch in enumerate(sample.branches):
-        color = COLORS[number % len(COLORS)]
+        color = draw.COLORS[number % len(draw.COLORS)]
         radius = 6 + 3 * (number % 4)  # rings of branches that mark the same place stay apart
         for turn in branch.turns:
-            for place_at, x, y in places(turn.answer):
-                if place_at == at:
-                    x, y = x * image.width, y * image.height
-                    pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline="black", width=4)
-                    pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=2)
-    return image
+            places = draw.true_places(turn.answer)
+            for place in places:
+                if place.at != at:
+                    continue
+                followed = isinstance(turn.answer, Tracks)
+                if followed:
+                    before = [one for one in places if one.id == place.id and one.at < at]
+                    yield from (draw.Mark(one.x, one.y, color, "dot") for one in before)
+                yield draw.Mark(place.x, place.y, color, "ring", str(place.id) if followed else "", radius)
 
 
 def write_page(shards: Shards, rows: list[Summary], samples: Iterator[tuple[str, str, Example]], folder: Path) -> Path:
@@ -263,7 +278,7 @@ def write_page(shards: Shards, rows: list[Summary], samples: Iterator[tuple[str,
             shown += f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}" alt="">'
         title = html.escape(f"{dataset} / {split} / {sample.key}")
         said = "".join(
-            _paragraphs(branch, COLORS[i % len(COLORS)], sample.video is not None)
+            _paragraphs(branch, draw.COLORS[i % len(draw.COLORS)], sample.video is not None)
             for i, branch in enumerate(sample.branches)
         )
         articles.append(f"<article><div>{shown}</div><div><h2>{title}</h2>{said}</div></article>")

@@ -139,7 +139,7 @@ class Example:
         """Raise ValueError, naming the sample, where something cannot be trained on."""
         if not KEY.fullmatch(self.key):
             raise ValueError(f"sample key {self.key!r}: use letters, digits, `_`, `-` and single `/` between them.")
-        self._check_media()
+        self.check_media()
         if not self.branches:
             raise ValueError(f"sample {self.key!r} has no branch: it needs at least one conversation.")
         for branch in self.branches:
@@ -148,7 +148,8 @@ class Example:
             for turn in branch.turns:
                 self._check_turn(branch.style, turn)
 
-    def _check_media(self) -> None:
+    def check_media(self) -> None:
+        """Raise ValueError, naming the sample, where its media and its clip do not fit together."""
         kinds = sorted({media.kind for media in self.media})
         if not set(kinds) <= {"image", "video"} or (self.video and len(self.media) > 1) or len(kinds) > 1:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""One line of JSON of one's own -> an Example. Reads image files, writes nothing.
+"""One line of JSON of one's own -> an Example. Reads image and video files, writes nothing.
 
-A line is an object. Its images, if any: `"image_path": "a.jpg"` or `"image_paths": ["a.jpg", "b.jpg"]`, relative to the
-image folder. Its conversation is one of
+A line is an object. Its media, if any: `"image_path": "a.jpg"`, `"image_paths": ["a.jpg", "b.jpg"]` or `"video_path":
+"v.mp4"`, relative to the media folder. Its conversation is one of
 
     {"image_path": "a.jpg", "caption": "A cat on a mat ..."}
     {"image_path": "a.jpg", "question": "What is it?", "answer": "A cat."}
@@ -12,29 +12,43 @@ image folder. Its conversation is one of
     {"image_path": "a.jpg", "branches": [{"caption": "..."}, {"label": ...}]}       several that share the image
 
 LLaVA's spelling of messages is read too: `"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]`,
-with `<image>` in it dropped. `unit` of points: pixels (of the image as displayed), percent or fraction; a point is
-[x, y], or [x, y, n] for the n-th image. An empty list of points says that there are none. Every conversation may have
-a `style` (`short_caption`, `point_count`, ...); every line a `key`, and `info` that is kept for evaluation.
+with `<image>` and `<video>` in it dropped. `unit` of points: pixels (of the image as displayed), percent or fraction; a
+point is [x, y], or [x, y, n] for the n-th image. An empty list of points says that there are none. Every conversation
+may have a `style` (`short_caption`, `point_count`, ...); every line a `key`, and `info` that is kept for evaluation.
+
+A video takes all of these, and tracks: one list of places for each object. A place in it is [x, y, seconds].
+
+    {"video_path": "v.mp4", "label": "goals", "points": [[310, 40, 2.5]]}
+    {"video_path": "v.mp4", "label": "the ball", "tracks": [[[12, 80, 0.0], [30, 71, 0.5]]], "rate": 2}
+    {"video_path": "v.mp4", "start": 3.0, "end": 9.5, "caption": "...", "subtitles": [[0.0, 1.5, "Hello."]]}
+
+`start` and `end` (seconds of the file) choose a part of it; all other times count from `start`. `rate` says how many
+times a second tracks were made: frames are shown at a multiple of it. Other videos are shown at 0, 0.5, 1, ... seconds
+(data.frames_per_second), so points at those times are on a frame that the model sees.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
+from megatron_vlm.data.example import Branch, Example, Media, Points, Tracks, Turn
+from megatron_vlm.data.line_places import CLIP_KEYS, read_clip, read_points, read_tracks
 
-UNITS = ("pixels", "percent", "fraction")
+#: Keys that name the media of a line.
+_MEDIA_KEYS = ("image_path", "image_paths", "video_path")
 #: Keys of a line that are not part of a conversation.
-_LINE_KEYS = frozenset(("image_path", "image_paths", "key", "info", "branches"))
+_LINE_KEYS = frozenset((*_MEDIA_KEYS, *CLIP_KEYS, "key", "info", "branches"))
 #: What makes a conversation, by the key that tells its form -> all keys that the form may have.
 _FORMS = {
     "caption": frozenset(("caption", "style")),
     "messages": frozenset(("messages", "style")),
     "conversations": frozenset(("conversations", "style")),
     "points": frozenset(("points", "label", "unit", "style", "prompt")),
+    "tracks": frozenset(("tracks", "label", "unit", "style", "prompt")),
     "answer": frozenset(("answer", "question", "prompt", "style")),
     "text": frozenset(("text", "style")),
 }
@@ -42,13 +56,20 @@ _USER = ("user", "human")
 _ASSISTANT = ("assistant", "gpt")
 
 
-def read_line(line: str, *, key: str, images: Path, add_image: Callable[[bytes], Media]) -> Example:
+def read_line(
+    line: str,
+    *,
+    key: str,
+    folder: Path,
+    add_image: Callable[[bytes], Media],
+    add_video: Callable[[bytes], Media],
+) -> Example:
     """The sample of one line.
 
     key:       its key where the line names none.
-    images:    folder that image paths start from.
-    add_image: stores a file's bytes and gives back its name and size.
-    Raises ValueError, saying what is wrong with the line, OSError for an image that cannot be read.
+    folder:    that paths of images and videos start from.
+    add_image, add_video: store a file's bytes and give back its name and size.
+    Raises ValueError, saying what is wrong with the line, OSError for a file that cannot be read.
     """
     try:
         record = json.loads(line)
@@ -56,12 +77,18 @@ def read_line(line: str, *, key: str, images: Path, add_image: Callable[[bytes],
         raise ValueError(f"this is not JSON ({error}).") from error
     if not isinstance(record, dict):
         raise ValueError(f"a line must be a JSON object, not a {type(record).__name__}.")
-    media = tuple(add_image((images / path).read_bytes()) for path in _image_paths(record))
-    return read_record(record, key=key, media=media)
+    store = add_video if "video_path" in record else add_image
+    media = []
+    for path in _paths(record):
+        try:
+            media.append(store((folder / path).read_bytes()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return read_record(record, key=key, media=tuple(media))
 
 
 def read_record(record: dict[str, Any], *, key: str, media: tuple[Media, ...]) -> Example:
-    """The sample of a line's object whose images are stored already. Raises ValueError, saying what is wrong."""
+    """The sample of a line's object whose media are stored already. Raises ValueError, saying what is wrong."""
     bodies = record.get("branches")
     if bodies is None:
         bodies = [{name: value for name, value in record.items() if name not in _LINE_KEYS}]
@@ -74,21 +101,28 @@ def read_record(record: dict[str, Any], *, key: str, media: tuple[Media, ...]) -
     info = record.get("info", {})
     if not isinstance(info, dict):
         raise ValueError("info must be an object.")
-    sample = Example(str(record.get("key", key)), tuple(_branch(body, media) for body in bodies), media, info)
+    bare = Example(str(record.get("key", key)), (), media, info, read_clip(record, media))
+    bare.check_media()
+    sample = replace(bare, branches=tuple(_branch(body, bare) for body in bodies))
     sample.check()
     return sample
 
 
-def _image_paths(record: dict[str, Any]) -> list[str]:
-    if "image_path" in record and "image_paths" in record:
-        raise ValueError("a line has either image_path or image_paths.")
-    paths = [record["image_path"]] if "image_path" in record else record.get("image_paths", [])
+def _paths(record: dict[str, Any]) -> list[str]:
+    named = [name for name in _MEDIA_KEYS if name in record]
+    if len(named) > 1:
+        raise ValueError(f"a line has either {' or '.join(named)}.")
+    if not named:
+        return []
+    value = record[named[0]]
+    paths = value if named[0] == "image_paths" else [value]
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise ValueError("image_path must be a file name, image_paths a list of file names.")
+        raise ValueError("image_path and video_path must be a file name, image_paths a list of file names.")
     return paths
 
 
-def _branch(body: dict[str, Any], media: tuple[Media, ...]) -> Branch:
+def _branch(body: dict[str, Any], sample: Example) -> Branch:
+    """A conversation about the media and the clip of `sample`."""
     form = next((name for name in _FORMS if name in body), None)
     if form is None:
         found = ", ".join(sorted(body)) or "nothing"
@@ -100,14 +134,21 @@ def _branch(body: dict[str, Any], media: tuple[Media, ...]) -> Branch:
     style = body.get("style")
     if style is not None and (not isinstance(style, str) or not style):
         raise ValueError(f"style must be a word, not {style!r}.")
+    video = sample.video is not None
     if form == "caption":
-        return Branch(style or "long_caption", (Turn("", _text(body, "caption")),))
+        return Branch(style or ("video_long_caption" if video else "long_caption"), (Turn("", _text(body, "caption")),))
     if form == "text":
         return Branch(style or "text_sft", (Turn("", _text(body, "text")),))
-    if form == "points":
-        answer = _points(body, media)
-        return Branch(style or "pointing", (Turn(str(body.get("prompt", answer.label)), answer),))
-    default = "user_qa" if media else "text_sft"
+    if form in ("points", "tracks"):
+        label = _text(body, "label")
+        if form == "points":
+            usual = "video_point" if video else "pointing"
+            answer: Points | Tracks = read_points(body, label, sample.media, sample.seconds)
+        else:
+            usual = "video_point_track_per_frame"
+            answer = read_tracks(body, label, sample.media, sample.seconds, sample.clip)
+        return Branch(style or usual, (Turn(str(body.get("prompt", label)), answer),))
+    default = "user_qa" if sample.media else "text_sft"
     if form == "answer":
         if "question" in body and "prompt" in body:
             raise ValueError("a conversation has either question or prompt.")
@@ -136,29 +177,7 @@ def _turns(messages: Any) -> tuple[Turn, ...]:
         if role not in expected:
             raise ValueError(f"message {index} is from {role!r}; needed {' or '.join(expected)} there.")
         text = _text(message, "content" if "content" in message else "value")
-        texts.append(text.replace("<image>", "").strip() if "from" in message and not index % 2 else text)
+        if "from" in message and not index % 2:
+            text = text.replace("<image>", "").replace("<video>", "").strip()
+        texts.append(text)
     return tuple(Turn(asked, said) for asked, said in zip(texts[::2], texts[1::2], strict=True))
-
-
-def _points(body: dict[str, Any], media: tuple[Media, ...]) -> Points:
-    label, unit = _text(body, "label"), body.get("unit", "pixels")
-    if unit not in UNITS:
-        raise ValueError(f"unit={unit!r} does not exist; choose one of {', '.join(UNITS)}.")
-    if not media:
-        raise ValueError("points need an image_path.")
-    if not isinstance(body["points"], list):
-        raise ValueError("points must be a list of [x, y].")
-    places = []
-    for place in body["points"]:
-        numbers = isinstance(place, list) and all(type(number) in (int, float) for number in place)
-        if not numbers or len(place) not in (2, 3):
-            raise ValueError(f"point {place!r} must be [x, y] or [x, y, number of the image].")
-        at = place[2] if len(place) == 3 else 1
-        if at not in range(1, len(media) + 1):
-            raise ValueError(f"point {place} names image {at}; the line has {len(media)}.")
-        shown = media[int(at) - 1]
-        width, height = {"pixels": (shown.width, shown.height), "percent": (100, 100), "fraction": (1, 1)}[unit]
-        if not (0 <= place[0] <= width and 0 <= place[1] <= height):
-            raise ValueError(f"point {place} lies outside the image: x to {width}, y to {height} in {unit}.")
-        places.append(Point(int(at), place[0] / width, place[1] / height))
-    return Points(label, tuple(places))

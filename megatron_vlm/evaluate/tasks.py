@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vlm.config.geometry import Layout, image_layout
 from megatron_vlm.data import crops, prompts
-from megatron_vlm.data.example import Branch, Example, Media, Points
+from megatron_vlm.data.example import Branch, Example, Points
 from megatron_vlm.data.keyed import generator
-from megatron_vlm.data.media import read_crops
+from megatron_vlm.data.media import Store, read_crops
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tree import TreeSettings, media_layouts, prefix_tokens
 from megatron_vlm.evaluate.generate import Prompt
@@ -70,28 +69,18 @@ def with_other_images(samples: Sequence[Example]) -> list[Example]:
     return [dataclasses.replace(sample, media=samples[other[i]].media) for i, sample in enumerate(samples)]
 
 
-def prompt(sample: Example, shards: Shards, settings: TreeSettings) -> Prompt:
+def prompt(sample: Example, shards: Store, settings: TreeSettings) -> Prompt:
     """The sample's images, or its video, with the first question of each of its branches."""
+    return asked(sample, shards, [question(sample.key, branch, settings) for branch in sample.branches], settings)
+
+
+def asked(sample: Example, shards: Store, questions: Sequence[str], settings: TreeSettings) -> Prompt:
+    """The sample's images, or its video, with questions in the model's words; its branches do not count."""
     layouts = media_layouts(sample, settings)
     parts = [
         read_crops(shards, media.key, layout, settings.geometry, name=f"{media.key} of sample {sample.key}")
         for media, layout in zip(sample.media, layouts, strict=False)  # images beyond the most allowed have no layout
     ]
-    return _prompt(layouts, parts, [question(sample.key, branch, settings) for branch in sample.branches], settings)
-
-
-def picture_prompt(
-    media: Sequence[Media], pixels: Sequence[np.ndarray], questions: Sequence[str], settings: TreeSettings
-) -> Prompt:
-    """Images of (h, w, 3) uint8 pixels and questions in the model's words."""
-    layouts = tuple(image_layout(item.width, item.height, settings.geometry) for item in media)
-    parts = [crops.cut(one, layout, settings.geometry) for layout, one in zip(layouts, pixels, strict=True)]
-    return _prompt(layouts, parts, questions, settings)
-
-
-def _prompt(
-    layouts: tuple[Layout, ...], parts: Sequence[np.ndarray], questions: Sequence[str], settings: TreeSettings
-) -> Prompt:
     values = 3 * settings.geometry.patch_size**2
     return Prompt(
         prefix=prefix_tokens(layouts, settings.tokenizer)[0].tolist(),

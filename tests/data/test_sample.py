@@ -31,6 +31,9 @@ SMALL = sample.Counts(
     validation_scenes=2,
     test_scenes=2,
     new_kind_scenes=2,
+    train_films=2,
+    validation_films=1,
+    test_films=2,
     train_dialogues=4,
     held_out_dialogues=2,
 )

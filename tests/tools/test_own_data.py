@@ -20,6 +20,7 @@ from megatron_vlm.data import tokens
 from megatron_vlm.data.example import Point, Points, Turn
 from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.shards import Shards
+from tests.data.clips import clip, steady
 from tools import build_shards, inspect_data
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +154,7 @@ def test_page_shows_the_samples_and_escapes_their_text(folder: Path, capsys: pyt
     build(folder)
     look = folder / "look"
     inspect_data.main([str(folder / "shards"), "--num-samples", "99", "--out", str(look)])
-    assert re.search(r"mine +train +9 +10 +7 ", capsys.readouterr().out)
+    assert re.search(r"mine +train +9 +10 +7 +0 ", capsys.readouterr().out)
     page = (look / "index.html").read_text()
     assert "<b>red</b>" not in page and "&lt;b&gt;red&lt;/b&gt; &amp; nothing" in page
     assert page.count("<article>") == 9
@@ -242,6 +243,7 @@ def test_four_commands_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "my" / "samples.jsonl").write_text(lines)
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (420, 300), "red").save(tmp_path / "my" / name)
+    (tmp_path / "my" / "v.mp4").write_bytes(clip(steady(30)))
     commands[-1] += (
         " train.steps=3 data.window=32 train.global_batch=2 train.micro_batch=1 log.every=1 "
         "optim.vision.warmup_steps=1 optim.connector.warmup_steps=1 optim.language.warmup_steps=1"

@@ -40,7 +40,7 @@ def test_downloaded_sets_become_shards(downloads: Path, tmp_path: Path, capsys: 
     shards = dataset(downloads, tmp_path / "shards", "--max-left-out", "0.5", "--mixture", "molmo2_sft")
     told = capsys.readouterr()
     assert "pixmo_cap: left out 1 missing; listed in" in told.err
-    assert re.search(r"pixmo_cap +train +2 samples", told.out) and "5 images, 1 lines left out" in told.out
+    assert re.search(r"pixmo_cap +train +2 samples", told.out) and "5 images and videos, 1 lines left out" in told.out
     found = mixture.load(shards.file("mixture.yaml"))
     assert [group.name for group in found.groups] == ["demo", "image_pointing", "text"]
     released = {member.name: member for member in mixture.load("molmo2_sft").members}

@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from megatron_vlm.data.bundled import photos, questions, scenes, stamps
+from megatron_vlm.data.bundled import clips, film_texts, footage, photos, questions, scenes, stamps
 from megatron_vlm.data.bundled.dialogues import dialogue
 from megatron_vlm.data.bundled.stamps import Stamp
-from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
+from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Tracks, Turn
 
 #: (data set, split, sample): what a builder hands on.
 Item = tuple[str, str, Example]
-#: Stores an image file, gives back its name and size.
+#: Stores an image or a video file, gives back its name and size.
 AddImage = Callable[[bytes], Media]
 #: Longest side of a stored photograph, in pixels.
 PHOTO_SIDE = 224
@@ -34,6 +34,9 @@ class Counts:
     validation_scenes: int = 200
     test_scenes: int = 400
     new_kind_scenes: int = 200
+    train_films: int = 400
+    validation_films: int = 40
+    test_films: int = 100
     train_dialogues: int = 2000
     held_out_dialogues: int = 100
 
@@ -128,6 +131,55 @@ def _stamp_samples(
         ("positions", questions.positions(scene)),
     ):
         yield dataset, split, Example(scene.key, branches, media, scene.info())
+
+
+def films(files: Mapping[str, bytes], add_video: AddImage, counts: Counts) -> Iterator[Item]:
+    """Clips of moving objects with captions, places, tracks and questions; then real footage."""
+    used = [photo for photo in photos.PHOTOS if photo.topic]
+    scenery = {photo.name: _cut(_opened(files[photo.path]), photo.scenery) for photo in used}
+    for split, wanted, count in (
+        ("train", "train", counts.train_films),
+        ("validation", "train", counts.validation_films),
+        ("test", "held_out", counts.test_films),
+    ):
+        ground = [(photo.name, photo.topic) for photo in used if split != "train" or photo.split == "train"]
+        for index in range(count):
+            film = clips.plan(f"{split}/{index:05d}", ground, wanted)
+            media, info = (add_video(clips.paint(film, scenery)),), film.info()
+            held_out = split == "test"
+            yield "video_caption", split, Example(film.key, film_texts.captions(film), media, info)
+            yield "video_vqa", split, Example(film.key, film_texts.questions(film), media, info)
+            yield "video_points", split, Example(film.key, film_texts.points(film, held_out=held_out), media, info)
+            branches = film_texts.tracks(film, held_out=held_out)
+            yield "video_tracks", split, Example(film.key, branches, media, info, Clip(rate=clips.RATE))
+    yield from _footage(files, add_video)
+
+
+def _footage(files: Mapping[str, bytes], add_video: AddImage) -> Iterator[Item]:
+    for shot in footage.SHOTS:
+        media, key = (add_video(files[shot.path]),), f"footage/{shot.name}"
+        clip = Clip(shot.start, shot.end)
+        captions = (
+            Branch("video_long_caption", (Turn("", shot.caption),)),
+            Branch("video_short_caption", (Turn("", shot.short),)),
+        )
+        yield "video_caption", shot.split, Example(key, captions, media, clip=clip)
+        if shot.questions:
+            asked = tuple(Branch("user_qa", (Turn(question, answer),)) for question, answer in shot.questions)
+            yield "video_vqa", shot.split, Example(key, asked, media, clip=clip)
+        if shot.tracks:
+            followed = tuple(
+                Branch(
+                    "video_point_track_per_frame",
+                    (Turn(label, Tracks(label, (_track(places),))),),
+                )
+                for label, places in shot.tracks.items()
+            )
+            yield "video_tracks", shot.split, Example(key, followed, media, clip=replace(clip, rate=clips.RATE))
+
+
+def _track(places: tuple[tuple[float, float], ...]) -> tuple[Point, ...]:
+    return tuple(Point(number / clips.RATE, x, y) for number, (x, y) in enumerate(places))
 
 
 def dialogues(counts: Counts) -> Iterator[Item]:

