@@ -120,7 +120,7 @@ def _print_plan(names: list[str]) -> None:
 def _wanted(entry: Entry) -> list[str]:
     """Patterns of what is fetched from the hub."""
     patterns = [pattern for split in entry.splits.values() for pattern in entry.patterns(split)]
-    return [*patterns, entry.addresses] if entry.addresses else patterns
+    return [*patterns, *filter(None, (entry.addresses, entry.joined[0] if entry.joined else ""))]
 
 
 def _download(name: str, entry: Entry, options: argparse.Namespace) -> Report:

@@ -39,6 +39,19 @@ def video_captions(row: Row, *, styles: Mapping[str, str], min_score: float = 0.
     yield Draft(tuple(found), row.media(path), clip=row.clip())
 
 
+def object_captions(row: Row, *, style: str = "video_object_caption", path: str = "") -> Iterator[Draft]:
+    """Captions of a video, each about one who acts in it: `captions` and `actors`, side by side. A branch each."""
+    told = zip(row.items("captions"), row.items("actors"), strict=True)
+    branches = tuple(
+        Branch(style, (Turn(f"What does {str(actor).strip().lower()} do in the video?", str(text).strip()),))
+        for text, actor in told
+        if str(text).strip()
+    )
+    if not branches:
+        raise row.bad("captions", row.get("captions"), "at least one caption")
+    yield Draft(branches, row.media(path))
+
+
 def moments(row: Row, *, style: str = "video_short_answer", path: str = "") -> Iterator[Draft]:
     """What happens from when to when: `caption` with a `span`. Asked in both directions, two branches; the answer's
     times are seconds with one decimal. The span is no clip: the sample is the whole video."""

@@ -19,11 +19,17 @@ DROPPED = ("code", "coding", "non-english", "non_english", "puzzle", "verifiable
 
 
 def chat(
-    row: Row, *, style: str = "user_qa", with_media: bool = True, max_images: int = 0, min_images: int = 1
+    row: Row,
+    *,
+    style: str = "user_qa",
+    with_media: bool = True,
+    max_images: int = 0,
+    min_images: int = 1,
+    path: str = "",
 ) -> Iterator[Draft]:
     """`messages` of {role, content} or {from, value}, as one conversation. A system message goes before the first
     question. `<image>` in them is dropped: images come first. Rows with too many or too few images are left out."""
-    media = row.media() if with_media else ()
+    media = row.media(path) if with_media else ()
     if with_media and (len(media) < min_images or (max_images and len(media) > max_images)):
         return
     yield Draft((Branch(style, turns(row)),), media)

@@ -51,7 +51,11 @@ class Entry:
     explode: str = ""
     """Column that holds lists of objects: each becomes a row, beside the columns of the row that held it."""
     where: Mapping[str, Any] = field(default_factory=dict)
-    """Only rows whose columns (their names) have these values."""
+    """Only rows whose columns (their names) have these values, or one of them where a tuple is given."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of a CSV file that has no line of names."""
+    joined: tuple[str, str, str] | None = None
+    """Further column from another file beside the annotations: (JSON lines file, column that both have, column)."""
     one_tree: bool = True
     """Rows about the same media (and clip) are one sample. False where every row has media of its own: cheaper."""
     chat_share: float = 0.0
@@ -62,8 +66,10 @@ class Entry:
     """JSON file beside the annotations that gives the address of each media id."""
     by_hand: str = ""
     """What a person has to get, and where: files that need a licence, or are published in archives."""
+    verified: str = ""
+    """What file names and columns were compared with, besides the design's reference: see VERIFIED in table.py."""
     unverified: str = ""
-    """What was not checked against the published files when this entry was written. "" = as in the reference."""
+    """What was not checked against the published files when this entry was written."""
     without: str = ""
     """Data set for evaluation whose media are left out here."""
     evaluation_only: bool = False

@@ -9,14 +9,15 @@ from megatron_vlm.data.sets.captions import captions
 from megatron_vlm.data.sets.conversations import chat, fixed_answers, tagged, tulu
 from megatron_vlm.data.sets.entry import Entry
 from megatron_vlm.data.sets.places import image_points, multi_image_points, question_points
-from megatron_vlm.data.sets.questions import question_pairs, questions
+from megatron_vlm.data.sets.questions import labels, listed_choices, question_pairs, questions
 
 TRAIN_VALIDATION = {"train": "train", "validation": "validation"}
 TRAIN_VAL = {"train": "train", "validation": "val"}
-SCHEMA = "column names"
-COCO = "COCO 2014 images (train2014/) from https://cocodataset.org"
+COCO = "images as the rows name them, images/coco/train2014/...: from https://cocodataset.org"
 ROBUST_READING = "annotations and images from https://rrc.cvc.uab.es (registration)"
 
+#: Of sets whose questions and images were seen in a reader that hands the answers on unread.
+ANSWERS = "name of the answers: answer and answers are read"
 _TULU = {"messages": "messages", "first_message_tokens": "first_message_qwen3_tokens"}
 
 
@@ -38,17 +39,22 @@ def _cosyn_documents(kind: str) -> Entry:
 
 
 def _mantis(part: str) -> Entry:
-    return Entry(chat, hub=f"allenai/molmo2-mantis-instruct-{part}", one_tree=False,
-                 columns={"messages": "conversation"},
-                 options={"style": "mantis_instruct", "min_images": 2, "max_images": 5},
-                 unverified="repository; columns are TIGER-Lab/Mantis-Instruct's")  # fmt: skip
+    """Images are named by path: those of TIGER-Lab/Mantis-Instruct."""
+    return Entry(listed_choices, hub=f"allenai/molmo2-mantis-instruct-{part}", one_tree=False,
+                 files=("data/{split}-*.parquet", "{split}-*.parquet"), media="molmo",
+                 columns={"questions": "mc_question", "options": "choices", "answer_indices": "correct_choice_idx"},
+                 options={"style": "mantis_instruct_mc", "min_images": 2, "max_images": 5},
+                 by_hand="archives of TIGER-Lab/Mantis-Instruct, unpacked to mantis-instruct/{part}/train_images",
+                 verified="reader")  # fmt: skip
 
 
-def _coco(hub: str, style: str, choice_style: str = "", **columns: str) -> Entry:
-    """Questions about COCO images that rows name by number."""
-    path = "train2014/COCO_train2014_{image_id:012d}.jpg"
-    return Entry(questions, hub=hub, columns=columns, media="coco", by_hand=COCO, unverified=SCHEMA,
-                 options={"style": style, "choice_style": choice_style, "path": path})  # fmt: skip
+def _by_image(hub: str, style: str, by_hand: str, within: str = "message_list", validation: str = "validation",
+              choice_style: str = "", unverified: str = "", **columns: str) -> Entry:  # fmt: skip
+    """A row for each image, its questions in one column; a configuration for each split."""
+    return Entry(questions, hub=hub, files=("{split}/train-*.parquet",), explode=within, media="molmo",
+                 splits={"train": "train", "validation": validation} if validation else {"train": "train"},
+                 columns=columns, options={"style": style, "choice_style": choice_style}, by_hand=by_hand,
+                 verified="reader", unverified=unverified)  # fmt: skip
 
 
 CAPTIONS_AND_TALK = {
@@ -78,15 +84,17 @@ CAPTIONS_AND_TALK = {
         options={"style": "text_sft", "with_media": False},
     ),
     "molmo2_hardcodes": Entry(fixed_answers, hub="allenai/molmo2-hardcodes", one_tree=False),
-    # Clocks are rendered on these photos upstream for evaluation; no released mixture trains on them.
+    # For evaluation only, as in Molmo2: no released mixture trains on clocks.
     "pixmo_clocks": Entry(
-        questions,
+        labels,
         hub="allenai/pixmo-clocks",
-        splits={"test": "train"},
-        columns={"answer": "time", "question": "question"},
-        options={"style": "user_qa"},
+        files=("data/{split}-*.parquet",),
+        splits={"test": "validation"},
+        columns={"label": "text"},
+        options={"style": "user_qa", "question": "What time does the watch show?", "path": "{example_id}.png"},
         evaluation_only=True,
-        unverified=SCHEMA,
+        by_hand="the faces, drawn from watchface_id and the time by facer.io: the repository has no images",
+        verified="card",
     ),
 }
 
@@ -110,32 +118,32 @@ PLACES = {
     "pixmo_multi_points": Entry(  # Molmo2-MultiImagePoint
         multi_image_points,
         hub="allenai/Molmo2-MultiImagePoint",
-        unverified="nesting of `points`: taken as label, image, place. Upstream reads molmo2-pixmo-multi-points.",
+        verified="reader",
+        unverified="Molmo2 reads a copy of it, molmo2-pixmo-multi-points, whose labels and points go by image",
     ),
 }
 
 ACADEMIC = {
-    "coco_2014_vqa_multi": _coco("allenai/molmo2-vqa2-2014", "vqa2", answer="answers"),
-    "okvqa": _coco("allenai/molmo2-okvqa", "okvqa", answer="answers"),
-    "a_okvqa_mc": _coco(
-        "allenai/molmo2-a-ok-vqa", "a_okvqa_mc", "a_okvqa_mc", options="choices", answer_index="correct_choice_idx"
+    "coco_2014_vqa_multi": _by_image("allenai/molmo2-vqa2-2014", "vqa2", COCO, unverified=ANSWERS),
+    "okvqa": _by_image("allenai/molmo2-okvqa", "okvqa", COCO, within="qas", validation="val"),
+    "a_okvqa_mc": _by_image(
+        "allenai/molmo2-a-ok-vqa", "a_okvqa_mc", COCO, validation="val", options="choices", answer_index="answer_idx"
     ),
-    "a_okvqa_da": _coco("allenai/molmo2-a-ok-vqa", "a_okvqa_da", answer="direct_answers"),
-    "text_vqa": Entry(
-        questions,
-        hub="allenai/molmo2-text-vqa",
-        splits=TRAIN_VALIDATION,
-        columns={"answer": "answers"},
-        options={"style": "text_vqa", "path": "{image_id}.jpg"},
-        by_hand="TextVQA images from https://textvqa.org/dataset",
-        unverified=SCHEMA,
+    "a_okvqa_da": _by_image(
+        "allenai/molmo2-a-ok-vqa", "a_okvqa_da", COCO, validation="val", answer="direct_answers", options="-"
     ),
-    "tally_qa": Entry(
-        questions,
-        hub="allenai/molmo2-tally-qa",
-        options={"style": "tally_qa"},
-        by_hand=f"{COCO}, and Visual Genome's",
-        unverified=SCHEMA,
+    "text_vqa": _by_image(
+        "allenai/molmo2-text-vqa",
+        "text_vqa",
+        "images as the rows name them, text_vqa/train_images/...: from https://textvqa.org/dataset",
+        unverified=f"{ANSWERS}, and whether it stands in the row or in message_list: both are read",
+    ),
+    "tally_qa": _by_image(
+        "allenai/molmo2-tally-qa",
+        "tally_qa",
+        f"{COCO}; Visual Genome's in images/vg",
+        validation="",
+        unverified=ANSWERS,
     ),
     # Upstream weighs people's questions against synthetic ones; here each question counts the same.
     "chart_qa_weighted": Entry(
@@ -144,6 +152,7 @@ ACADEMIC = {
         splits=TRAIN_VAL,
         columns={"question": "query", "answer": "label"},
         options={"style": "chart_qa"},
+        verified="reader",
     ),
     "doc_qa": Entry(
         questions,
@@ -153,6 +162,7 @@ ACADEMIC = {
         columns={"answer": "answers", "image_path": "image"},
         options={"style": "doc_qa"},
         by_hand=f"DocVQA task 1: {ROBUST_READING}",
+        verified="reader",
     ),
     "info_qa": Entry(
         questions,
@@ -162,6 +172,7 @@ ACADEMIC = {
         columns={"answer": "answers", "image_path": "image_local_name", "image_url": "-"},
         options={"style": "info_qa"},
         by_hand=f"InfographicVQA: {ROBUST_READING}",
+        verified="reader",
     ),
     "st_qa": Entry(
         questions,
@@ -170,6 +181,7 @@ ACADEMIC = {
         columns={"answer": "answers", "image_path": "file_path"},
         options={"style": "st_qa"},
         by_hand=f"Scene Text VQA task 3: {ROBUST_READING}",
+        verified="reader",
     ),
     "ai2_diagram_v2_mix_transparent": Entry(
         questions,
@@ -184,7 +196,8 @@ ACADEMIC = {
         hub="derek-thomas/ScienceQA",
         splits=TRAIN_VALIDATION,
         columns={"options": "choices"},
-        options={"style": "science_qa"},
+        options={"style": "science_qa", "hint": "hint"},
+        verified="reader",
     ),
     "tabwmp_da": Entry(
         questions,

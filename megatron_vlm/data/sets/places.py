@@ -52,22 +52,30 @@ def question_points(row: Row, *, style: str = "cosyn_point") -> Iterator[Draft]:
 
 
 def multi_image_points(row: Row) -> Iterator[Draft]:
-    """Several `images` and `labels`; `points` holds for each label and each image a list of places in percent. Half of
-    the requests are about all images, the others name some of them; half ask for the count too."""
+    """Several `images`, for each of them a label in `labels` and a list of places in percent in `points`.
+
+    Asked label by label about the images that have it: half of the requests about all of them, the others about some;
+    half ask for the count too.
+    """
     media = row.media()
+    labels, points = row.items("labels"), row.items("points")
+    if not len(labels) == len(points) == len(media):
+        raise ValueError(
+            f"{len(media)} images, {len(labels)} labels and {len(points)} lists of points: needed as many."
+        )
+    names = [str(label).strip().lower() for label in labels]
     branches = []
-    for label, by_image in zip(row.items("labels"), row.items("points"), strict=True):
-        label = str(label).strip().lower()
+    for label in dict.fromkeys(names):
         rng = generator("images", media[0].identity, label)
-        chosen = list(range(1, len(media) + 1))
-        where = "in all images" if len(media) > 1 else "in the image"
-        if len(media) > 1 and rng.random() >= ALL_IMAGES_SHARE:
-            chosen = sorted(rng.sample(chosen, rng.randint(1, len(media) - 1)))
-            where = "in " + ", ".join(f"image_{number}" for number in chosen)
+        chosen = [number for number, name in enumerate(names, 1) if name == label]
+        if len(chosen) > 1 and rng.random() >= ALL_IMAGES_SHARE:
+            chosen = sorted(rng.sample(chosen, rng.randint(1, len(chosen) - 1)))
+        everywhere = len(chosen) == len(media) > 1
+        where = "in all images" if everywhere else "in " + ", ".join(f"image_{number}" for number in chosen)
         found = tuple(
             inside(row, Point(number, x / 100, y / 100))
             for number in chosen
-            for x, y in pairs(Row({"points": by_image[number - 1]}), "points")
+            for x, y in pairs(Row({"points": points[number - 1]}), "points")
         )
         if len(found) > MAX_POINTS:
             continue

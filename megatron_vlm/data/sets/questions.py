@@ -45,6 +45,8 @@ def questions(
     style: str,
     choice_style: str = "",
     options: tuple[str, ...] = (),
+    wrong: tuple[str, ...] = (),
+    hint: str = "",
     answers: Mapping[Any, str] | None = None,
     clip: bool = True,
     unpointed: bool = False,
@@ -52,23 +54,24 @@ def questions(
 ) -> Iterator[Draft]:
     """One `question`. Its options, if any: the list `options` (texts, or objects with `text`), or the columns named by
     the parameter options. Its answer: `answer`, a text, or a list of what several people said (the most frequent is
-    taken), or `answer_index`, or the right option's number, letter or text. `negatives`: wrong options, among which the
-    right one is put at a drawn place.
+    taken), or `answer_index`, or the right option's number, letter or text. `negatives`, or the columns named by the
+    parameter wrong: wrong options, among which the right one is put at a drawn place.
 
     choice_style: style of the questions that have options (default: style).
+    hint:         column of a text that goes before the question.
     answers:      what stands for an answer: {0: "No", 1: "Yes"}.
     clip:         whether `span` cuts the video.
     unpointed:    ask for no places before questions of how many, which are answered without.
     """
     question, media = row.text("question"), row.media(path)
+    if hint and row.get(hint):
+        question = f"{row.text(hint)}\n{question}"
     rng = generator("question", media[0].identity, question)
     texts = [_option(option) for option in row.items("options")]
     texts = texts or [str(value).strip() for name in options if (value := row.get(name)) not in (None, "")]
-    wrong = [str(text).strip() for text in row.items("negatives")]
-    if wrong:
-        right = row.text("answer")
-        place = rng.randrange(len(wrong) + 1)
-        texts, index = [*wrong[:place], right, *wrong[place:]], place
+    negatives = [str(text).strip() for text in [*row.items("negatives"), *(row.get(name) for name in wrong)] if text]
+    if negatives:
+        texts, index = _among(row.text("answer"), negatives, rng)
     elif texts:
         index = _index(row, texts)
     if texts:
@@ -86,10 +89,12 @@ def question_pairs(
     explained: bool = False,
     max_images: int = 0,
     min_images: int = 1,
+    names: Mapping[str, str] | None = None,
     path: str = "",
 ) -> Iterator[Draft]:
     """All of `qa_pairs`: a list of {question, answer, explanation}, or an object of three lists. A branch each.
 
+    names:      our name -> theirs, in each pair.
     explained:  the answer is the explanation, then `Answer: ...`; a request to explain follows the question.
     max_images: rows with more images are left out, as are those with fewer than min_images. 0 = any number.
     """
@@ -97,7 +102,7 @@ def question_pairs(
     if not min_images <= len(media) or (max_images and len(media) > max_images):
         return
     branches = []
-    for pair in _pairs(row):
+    for pair in _pairs(row, names or {}):
         question, answer = pair.text("question"), pair.text("answer")
         if explained and pair.get("explanation"):
             rng = generator("explain", media[0].identity, question)
@@ -121,6 +126,39 @@ def judged_choices(row: Row, *, style: str, choice_style: str, path: str = "") -
     yield Draft((Branch(choice_style, (turn,)),), media)
 
 
+def listed_choices(
+    row: Row, *, style: str, min_images: int = 1, max_images: int = 0, path: str = ""
+) -> Iterator[Draft]:
+    """Several questions about the same images, in lists side by side: `questions`, `options` (a list of lists) and
+    `answer_indices`; or `questions` and `answers` where the row has no options. A branch each."""
+    media = row.media(path)
+    if len(media) < min_images or (max_images and len(media) > max_images):
+        return
+    asked, options = row.items("questions"), row.items("options")
+    right = row.items("answer_indices") if options else row.items("answers")
+    branches = []
+    for number, (question, answer) in enumerate(zip(asked, right, strict=True)):
+        question = without_images(str(question))
+        if options:
+            texts = [_option(option) for option in options[number]]
+            rng = generator("question", media[0].identity, question)
+            branches.append(Branch(style, (_choice(question, texts, int(answer), rng),)))
+        else:
+            branches.append(Branch(style, (Turn(question, str(answer).strip()),)))
+    if not branches:
+        raise row.bad("questions", asked, "at least one question")
+    yield Draft(tuple(branches), media)
+
+
+def antonyms(row: Row, *, style: str = "video_multiple_choice") -> Iterator[Draft]:
+    """Paxion's form: the action (`label`) among its opposite (`opposite`) and `Not sure`, about a video or a clip."""
+    media = row.media()
+    rng = generator("antonyms", media[0].identity, row.text("label"))
+    texts, index = _among(_tidy(row.text("label")), [_tidy(row.text("opposite")), "Not sure"], rng)
+    turn = _choice("Which action does the video show?", texts, index, rng)
+    yield Draft((Branch(style, (turn,)),), media, clip=row.clip())
+
+
 def labels(row: Row, *, question: str, style: str = "video_short_answer", path: str = "") -> Iterator[Draft]:
     """A `label` of a video, asked for by one fixed question: action recognition, counts of repetitions."""
     answer = row.text("label").replace("_", " ")
@@ -134,20 +172,38 @@ def without_places(question: str) -> str:
     return f"{generator('unpointed', question).choice(UNPOINTED)} {question}"
 
 
+def without_images(text: str) -> str:
+    """The text without placeholders of images, which come first."""
+    return re.sub(r"[ \t]*<image>[ \t]*", " ", text).strip()
+
+
+def _among(right: str, wrong: list[str], rng: Random) -> tuple[list[str], int]:
+    """The right option at a drawn place among the wrong ones, and that place."""
+    place = rng.randrange(len(wrong) + 1)
+    return [*wrong[:place], right, *wrong[place:]], place
+
+
+def _tidy(text: str) -> str:
+    """Ego4D's narrations begin with `#C C opens ...`: the tag goes, a capital comes."""
+    text = re.sub(r"^#\S*\s*", "", text)
+    return text[:1].upper() + text[1:]
+
+
 def _option(option: Any) -> str:
     if isinstance(option, Mapping):
         return Row(option).text(next((name for name in ("text", "choice", "option") if name in option), "text"))
     return str(option).strip()
 
 
-def _pairs(row: Row) -> list[Row]:
+def _pairs(row: Row, names: Mapping[str, str]) -> list[Row]:
     value = row.get("qa_pairs")
     if isinstance(value, Mapping):
-        names = [name for name in ("question", "answer", "explanation") if value.get(name) is not None]
-        value = [dict(zip(names, pair, strict=True)) for pair in zip(*(value[name] for name in names), strict=True)]
+        parts = [names.get(name, name) for name in ("question", "answer", "explanation")]
+        parts = [name for name in parts if value.get(name) is not None]
+        value = [dict(zip(parts, pair, strict=True)) for pair in zip(*(value[name] for name in parts), strict=True)]
     if not isinstance(value, list) or not value:
         raise row.bad("qa_pairs", value, "a list of questions and answers")
-    return [Row(pair) for pair in value]
+    return [Row(pair, names) for pair in value]
 
 
 def _index(row: Row, texts: list[str]) -> int:
@@ -178,7 +234,9 @@ def _best(row: Row, meanings: Mapping[Any, str], rng: Random) -> str:
     """The answer given most often; one of them by chance where several are."""
     given = row.get("answer") if row.get("answer") is not None else row.get("answers")
     if isinstance(given, list):
-        said = [str(one.get("answer") if isinstance(one, Mapping) else one).strip() for one in given]
+        said = [
+            str(one.get("answer", one.get("raw_answer")) if isinstance(one, Mapping) else one).strip() for one in given
+        ]
         counts = Counter(text for text in said if text)
         if not counts:
             raise row.bad("answer", given, "at least one answer")

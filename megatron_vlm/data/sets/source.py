@@ -102,14 +102,17 @@ def drafts(entry: Entry, piece: Piece, context: Context) -> Iterator[tuple[str, 
 
 def rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any]]:
     """The rows of a piece. Raises ValueError where the file is not what its name says."""
-    for row in _file_rows(piece, entry.within):
-        if any(row.get(column) != value for column, value in entry.where.items()):
+    table, shared, column = _joined(entry, piece)
+    for row in _file_rows(piece, entry):
+        if any(row.get(name) not in (value if isinstance(value, tuple) else (value,))
+               for name, value in entry.where.items()):  # fmt: skip
             continue
-        if not entry.explode:
+        if table:
+            row = {**row, column: table.get(row.get(shared))}
+        if entry.explode not in row:  # a set that has both forms, or a row of another schema: the family says which
             yield row
             continue
-        members = row.get(entry.explode) or []
-        for member in members:
+        for member in row.get(entry.explode) or []:
             yield {**{name: value for name, value in row.items() if name != entry.explode}, **member}
 
 
@@ -162,7 +165,18 @@ def _download_address(value: Any) -> str:
     return next((found for one in inner if (found := _download_address(one))), "")
 
 
-def _file_rows(piece: Piece, within: str) -> Iterator[Mapping[str, Any]]:
+def _joined(entry: Entry, piece: Piece) -> tuple[dict[Any, Any], str, str]:
+    """What the other file of `entry.joined` says for each value of the shared column; {} without one."""
+    if entry.joined is None:
+        return {}, "", ""
+    name, shared, column = entry.joined
+    path = Path(piece.path).with_name(name)
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: it holds the column {column!r} of {Path(piece.path).name}.")
+    return {row[shared]: row.get(column) for row in _json_lines(path)}, shared, column
+
+
+def _file_rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any]]:
     path = Path(piece.path)
     try:
         if path.suffix == ".parquet":
@@ -174,9 +188,9 @@ def _file_rows(piece: Piece, within: str) -> Iterator[Mapping[str, Any]]:
         elif path.suffix == ".jsonl":
             yield from _json_lines(path)
         elif path.suffix == ".json":
-            yield from _json_rows(path, within)
+            yield from _json_rows(path, entry.within)
         elif path.suffix in (".csv", ".tsv"):
-            yield from _table_rows(path)
+            yield from _table_rows(path, entry.header)
         elif path.suffix == ".txt":
             yield from _text_rows(path)
         else:
@@ -228,11 +242,11 @@ def _json_rows(path: Path, within: str) -> Iterator[Mapping[str, Any]]:
     yield from content
 
 
-def _table_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _table_rows(path: Path, header: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
     with path.open(encoding="utf-8", newline="") as lines:
         head = lines.readline()
         lines.seek(0)
-        yield from csv.DictReader(lines, delimiter="\t" if "\t" in head else ",")
+        yield from csv.DictReader(lines, header or None, delimiter="\t" if "\t" in head else ",")
 
 
 def _text_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -1,4 +1,13 @@
-"""All data sets by the name that mixtures use."""
+"""All data sets by the name that mixtures use.
+
+File names and columns were compared with what is published, set by set. What with, stands in an entry's `verified`:
+
+    card      the data set's own page on the hub: its files, its columns
+    reader    a copy of Molmo2's own readers in public repositories, as they open these files
+    layout    paths of files in the repository that other public programs use
+
+An entry without it follows the releases as the design's reference describes them. No file was downloaded and read.
+"""
 
 from __future__ import annotations
 

@@ -7,35 +7,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vlm.data.sets.captions import captions, moments, video_captions
+from megatron_vlm.data.sets.captions import captions, moments, object_captions, video_captions
 from megatron_vlm.data.sets.conversations import chat
 from megatron_vlm.data.sets.entry import Entry
 from megatron_vlm.data.sets.places import video_points
-from megatron_vlm.data.sets.questions import judged_choices, labels, question_pairs, questions
+from megatron_vlm.data.sets.questions import antonyms, judged_choices, labels, question_pairs, questions
 
-SCHEMA = "column names"
 YOUTUBE = "youtube_id_to_urls_mapping.json"
 FIVE = ("a0", "a1", "a2", "a3", "a4")
 _QA = {"style": "video_short_answer", "choice_style": "video_multiple_choice"}
 
 
-def _qa(by_hand: str, *, hub: str = "", unverified: str = "", columns: dict[str, str] | None = None,
-        options: dict[str, Any] | None = None, **more: Any) -> Entry:  # fmt: skip
+def _qa(by_hand: str, *, columns: dict[str, str] | None = None, options: dict[str, Any] | None = None,
+        verified: str = "reader", **more: Any) -> Entry:  # fmt: skip
     """Questions about videos, open or with options."""
-    return Entry(questions, hub=hub, columns=columns or {}, options=_QA | (options or {}), by_hand=by_hand,
-                 unverified=unverified, **more)  # fmt: skip
+    return Entry(questions, columns=columns or {}, options=_QA | (options or {}), by_hand=by_hand, verified=verified,
+                 **more)  # fmt: skip
 
 
-def _moments(by_hand: str, files: str, *, unverified: str = "", **more: Any) -> Entry:
-    return Entry(moments, files=(files,), by_hand=by_hand, unverified=unverified, **more)
+def _moments(by_hand: str, files: str, *, verified: str = "reader", **more: Any) -> Entry:
+    return Entry(moments, files=(files,), by_hand=by_hand, verified=verified, **more)
 
 
-def _llava_video(kind: str) -> Entry:
-    return Entry(chat, hub="lmms-lab/LLaVA-Video-178K",
-                 files=(f"*_academic_v0_1/*_academic_{kind}_v0_1_qa_processed.json",),
+def _llava_video(kind: str, *sources: str) -> Entry:
+    """The academic part: questions about videos of other sets."""
+    return Entry(chat, hub="lmms-lab/LLaVA-Video-178K", files=tuple(f"*_{one}/*{kind}*.json" for one in sources),
                  columns={"messages": "conversations"},
-                 options={"style": "video_multiple_choice" if kind == "mc" else "video_short_answer"},
-                 media="llava_video", by_hand="archives *_academic_v0_1_videos_*.tar.gz of the repository")  # fmt: skip
+                 options={"style": "video_multiple_choice" if kind == "mc" else "video_short_answer",
+                          "path": "{data_source}/{video}"},
+                 media="llava_video", by_hand="the repository's archives, unpacked in their folders",
+                 verified="reader")  # fmt: skip
 
 
 def _video_point(low: int, high: int) -> Entry:
@@ -50,6 +51,7 @@ def _video_point(low: int, high: int) -> Entry:
         addresses=YOUTUBE,
         media="molmo2_video_point",
         by_hand="generated_videos/ of the repository and MammalNet's; all videos at 2 frames a second",
+        verified="reader",
     )
 
 
@@ -78,7 +80,8 @@ MOLMO2 = {
         options={"style": "user_qa"},
         addresses=YOUTUBE,
         media="youtube",
-        unverified="file names; table of addresses",
+        verified="reader",
+        unverified="file names beyond those of a split HumanQA; table of addresses",
     ),
     "molmo2_syn_captions_qa": Entry(  # Molmo2-VideoCapQA
         questions,
@@ -88,7 +91,8 @@ MOLMO2 = {
         options=_QA,
         addresses=YOUTUBE,
         media="youtube",
-        unverified="file names; table of addresses",
+        verified="reader",
+        unverified="file names beyond those of a split CapQA; table of addresses",
     ),
     "molmo2_syn_captions_subtitle_qa": Entry(  # Molmo2-VideoSubtitleQA
         questions,
@@ -100,7 +104,8 @@ MOLMO2 = {
         options=_QA | {"choice_style": "video_multiple_choice_w_subtitle"},
         addresses=YOUTUBE,
         media="youtube",
-        unverified="file names",
+        verified="reader",
+        unverified="file names beyond those of a split SubtitleQA",
     ),
     "vixmo_points_minmax_0_5": _video_point(0, 5),
     "vixmo_points_minmax_6_25": _video_point(6, 25),
@@ -112,68 +117,89 @@ MOLMO2 = {
         columns={"video": "video_name", "label": "category", "start": "clip_start_time", "end": "clip_end_time"},
         options={"path": "{subset}/{video}"},
         by_hand="the videos of its subsets, at 2 frames a second",
-        unverified="which column holds the label",
+        verified="reader",
     ),
 }  # fmt: skip
 
 QUESTIONS = {
-    "tgif": _qa("TGIF's GIFs from https://github.com/raingo/TGIF-Release", hub="allenai/Molmo2-TGIF",
+    "tgif": _qa("TGIF's GIFs from https://github.com/raingo/TGIF-Release, as MP4", hub="allenai/Molmo2-TGIF",
                 files=("Train_*_question.csv",), columns={"video": "gif_name"},
                 options={"options": ("a1", "a2", "a3", "a4", "a5")}),
-    "tvqa_with_sub": _qa("TVQA's clips from https://nlp.cs.unc.edu/data/jie/tvqa", hub="allenai/Molmo2-TVQA",
-                         columns={"question": "q", "answer_index": "answer_idx", "video": "vid_name", "span": "ts"},
-                         options={"options": FIVE, "choice_style": "video_multiple_choice_w_subtitle"},
-                         unverified=SCHEMA),
-    "paxion": _qa("Ego4D's and Something-Something's videos", hub="allenai/Molmo2-Paxion", unverified=SCHEMA),
-    "llava_video_mc_academic": _llava_video("mc"),
-    "llava_video_oe_academic": _llava_video("oe"),
-    "perception_test": Entry(questions, files=("mc_question_{split}.json",), explode="mc_question",
+    "tvqa_with_sub": _qa("TVQA's frames, 3 a second, from https://nlp.cs.unc.edu/data/jielei/tvqa, as videos",
+                         hub="allenai/Molmo2-TVQA", files=("tvqa_{split}.jsonl",),
+                         splits={"train": "train", "validation": "val"},
+                         joined=("tvqa_preprocessed_subtitles.jsonl", "vid_name", "sub"),
+                         columns={"question": "q", "answer_index": "answer_idx", "video": "vid_name", "span": "ts",
+                                  "subtitles": "sub"},
+                         options={"options": FIVE, "choice_style": "video_multiple_choice_w_subtitle"}),
+    "paxion": Entry(antonyms, hub="allenai/Molmo2-Paxion",
+                    files=("ssv2/antonyms/{split}_with_rel_path.json",),
+                    columns={"video": "rel_vid_path", "opposite": "label_action_antonym_clip_text"},
+                    by_hand="Something-Something V2's videos; the half about Ego4D's clips is not read", media="ssv2",
+                    verified="reader"),
+    "llava_video_mc_academic": _llava_video("mc", "perceptiontest", "nextqa"),
+    "llava_video_oe_academic": _llava_video("oe", "activitynetqa", "nextqa"),
+    "perception_test": Entry(questions, files=("mc_question_{split}.json", "all_{split}.json"), explode="mc_question",
                              columns={"answer_index": "answer_id", "video": "key"}, options=_QA,
-                             by_hand="https://github.com/google-deepmind/perception_test"),
-    "nextqa_mc": _qa("NExT-QA's videos from https://github.com/doc-doc/NExT-QA", files=("{split}.csv",),
-                     columns={"answer_index": "answer"}, options={"options": FIVE}),
-    "news_video_qa_filtered": _qa("https://cvit.iiit.ac.in/research/projects/cvit-projects/videoqa",
-                                  hub="allenai/Molmo2-NewsVideoQA", unverified=SCHEMA),
-    "how2qa": _qa("videos of How2QA; annotations as JSON lines", files=("{split}.jsonl",),
-                  columns={"question": "q", "answer_index": "answer_id", "video": "vid_name", "span": "ts"},
-                  options={"options": FIVE[:4]}, unverified=SCHEMA),
-    "sutd_trafficqa": _qa("https://github.com/SUTDCV/SUTD-TrafficQA", files=("R3_{split}.jsonl",),
+                             by_hand="https://github.com/google-deepmind/perception_test: one of the two files",
+                             verified="reader"),
+    "nextqa_mc": _qa("NExT-QA's videos from https://github.com/doc-doc/NExT-QA, named by the number in train.csv",
+                     files=("{split}.csv",), columns={"answer_index": "answer"}, options={"options": FIVE}),
+    "news_video_qa_filtered": _qa("videos/train from https://cvit.iiit.ac.in/research/projects/cvit-projects/videoqa",
+                                  hub="allenai/Molmo2-NewsVideoQA", files=("json_files/raw_files/new_{split}.json",),
+                                  columns={"video": "uni_clipped_id"}),
+    "how2qa": _qa("annotations how2QA_train_release.csv and videos from https://github.com/ych133/How2R-and-How2QA",
+                  files=("how2QA_{split}_release.csv",), header=("video", "span", "n0", "n1", "n2",
+                                                                            "question", "answer"),
+                  options={"wrong": ("n0", "n1", "n2")}),
+    "sutd_trafficqa": _qa("https://github.com/SUTDCV/SUTD-TrafficQA", files=("R2_{split}.jsonl",),
                           columns={"question": "q_body", "answer_index": "answer", "video": "vid_filename"},
                           options={"options": ("option0", "option1", "option2", "option3")}),
     "social_iq2": _qa("Social-IQ 2.0's videos", hub="PediaMedAI/Social-IQ-Video", files=("**/qa_{split}.json",),
                       columns={"question": "q", "answer_index": "answer_idx", "video": "vid_name"},
                       options={"options": FIVE[:4]}, unverified="file names"),
-    "sportsqa_oe": _qa("https://github.com/HopLee6/Sports-QA", files=("{split}.json",), unverified=SCHEMA),
-    "cinepile_with_sub": _qa("the clips' addresses are in yt_clip_link", hub="allenai/Molmo2-cinepile",
-                             columns={"options": "choices", "answer_index": "answer_key_position",
-                                      "video": "videoID"},
-                             options={"choice_style": "video_multiple_choice_w_subtitle"}, unverified=SCHEMA),
+    "sportsqa_oe": _qa("meta-data/ of https://ndownloader.figshare.com/files/57448480; videos of HopLeeTop/Sports-QA",
+                       files=("{split}.json", "meta-data/{split}.json")),
+    "cinepile_with_sub": _qa("the clips, {video_id}/{video_id}.mp4; subtitles, one text without times, are not read",
+                             hub="allenai/Molmo2-cinepile", explode="examples",
+                             columns={"options": "choices", "answer_index": "answer_key_position", "video": "video_id",
+                                      "subtitles": "-"},
+                             options={"path": "{video}/{video}.mp4"}),
     "clevrer": Entry(judged_choices, files=("{split}.json",), explode="questions",
-                     columns={"video": "video_filename"}, by_hand="http://clevrer.csail.mit.edu",
+                     columns={"video": "video_filename"}, by_hand="http://clevrer.csail.mit.edu", verified="reader",
                      options={"style": "video_short_answer", "choice_style": "video_multiple_choice_multiple_correct"}),
-    "funqa": _qa("videos of the repository", hub="fesvhtr/FunQA", files=("**/funqa_{split}.json",),
+    # Tasks whose answers are times are left out, as in Molmo2; its questions with options are not read.
+    "funqa": _qa("videos of the repository", hub="fesvhtr/FunQA", files=("FunQA_{split}.json",),
+                 where={"task": ("H2", "H3", "H4", "C2", "C3", "M2", "M3")},
                  columns={"question": "instruction", "answer": "output", "video": "visual_input"}),
     "star": _qa("Charades' videos; annotations from https://bobbywu.com/STAR", files=("STAR_{split}.json",),
                 columns={"options": "choices", "video": "video_id"}),
     "intent_qa": _qa("NExT-QA's videos; https://github.com/JoseponLee/IntentQA", files=("{split}.csv",),
                      columns={"answer_index": "answer"}, options={"options": FIVE}, media="nextqa_mc"),
-    "video_localized_narratives": Entry(question_pairs, files=("*_{split}_qa_text_only.json",),
-                                        columns={"video": "video_id", "qa_pairs": "qa_pairs"},
-                                        options={"style": "video_short_answer"},
-                                        by_hand="https://google.github.io/video-localized-narratives",
-                                        unverified=SCHEMA),
-    "road_text_vqa": _qa("https://cvit.iiit.ac.in (RoadTextVQA)", files=("{split}.json",), within="data",
-                         columns={"answer": "answers"}, unverified=SCHEMA),
-    "countix_oe": Entry(labels, hub="allenai/Molmo2-Countix", media="kinetics", by_hand="Kinetics' videos",
-                        columns={"label": "count", "start": "repetition_start", "end": "repetition_end"},
-                        options={"question": "How often is the movement repeated?"}, unverified=SCHEMA),
-    "camerabench_qa": _qa("videos of the repository", hub="allenai/Molmo2-CameraBenchTrain", unverified=SCHEMA),
-    "motionbench_train": Entry(question_pairs, files=("{split}*.jsonl",), columns={"video": "video_path",
-                               "qa_pairs": "qa"}, options={"style": "video_short_answer"},
-                               by_hand="https://huggingface.co/datasets/THUDM/MotionBench", unverified=SCHEMA),
-    "moments_in_time_qa": Entry(labels, files=("trainingSet.csv",), columns={"video": "path"},
+    "video_localized_narratives": Entry(question_pairs, within="annotations", media="oops",
+                                        files=("videoqa/text_output/oops_{split}/qa_text_output.json",),
+                                        columns={"video": "video_name"},
+                                        options={"style": "video_short_answer",
+                                                 "names": {"question": "raw_question", "answer": "raw_answer"}},
+                                        by_hand="videoqa.zip of https://google.github.io/video-localized-narratives, "
+                                        "videos of https://oops.cs.columbia.edu", verified="reader"),
+    "road_text_vqa": _qa("http://cvit.iiit.ac.in/images/datasets/RoadTextVQA/train.json; videos of "
+                         "https://github.com/georg3tom/RoadtextVQA", files=("{split}.json",), within="data"),
+    "countix_oe": Entry(labels, hub="allenai/Molmo2-Countix", media="kinetics", by_hand="Kinetics-700's videos",
+                        files=("countix_{split}_mapped.csv",), columns={"label": "count", "video": "video_path"},
+                        options={"question": "How often is the movement repeated?"}, verified="reader"),
+    "camerabench_qa": _qa("videos from https://github.com/sy77777en/CameraBench", hub="allenai/Molmo2-CameraBenchTrain",
+                          files=("camerabench_qa.parquet",), explode="mc_qa_list",
+                          columns={"video": "video_path", "question": "Question", "answer": "Answer",
+                                   "negatives": "NegativeAnswers"}),
+    "motionbench_train": Entry(captions, hub="zai-org/MotionBench", files=("MotionBenchCaption-{split}/{split}.jsonl",),
+                               columns={"video": "video_path", "caption": "motion_caption"},
+                               options={"style": "video_motion_caption"},
+                               by_hand="videos of the repository, MotionBenchCaption-train/videos", verified="reader"),
+    "moments_in_time_qa": Entry(labels, files=("{split}.csv",), columns={"video": "video_path"},
                                 options={"question": "What is happening in this video?"},
-                                by_hand="http://moments.csail.mit.edu; give trainingSet.csv the header path,label"),
+                                by_hand="http://moments.csail.mit.edu; give train.csv the header video_path,label",
+                                verified="reader"),
     "kinetics_qa": Entry(labels, files=("{split}.csv",), media="kinetics",
                          columns={"video_id": "youtube_id", "start": "-", "end": "-"},
                          options={"question": "What is being done in this video?"},
@@ -183,10 +209,11 @@ QUESTIONS = {
                           "https://github.com/MILVLG/activitynet-qa", files=("{split}.json",), media="activitynet",
                           columns={"video": "video_name"}),
     "videochatgpt": _qa("ActivityNet's videos", hub="lmms-lab/VideoChatGPT", files=("Generic/test-*.parquet",),
-                        columns={"video": "video_name"}, media="activitynet",
+                        columns={"video": "video_name"}, media="activitynet", verified="",
                         unverified="the educational list names 100k rows; the published instructions are elsewhere"),
 }  # fmt: skip
 
+# Molmo2 asks for the label of each part, cut out; we also ask where in the whole video it is.
 MOMENTS = {
     "charades_sta_all_qa": _moments("https://github.com/jiyanggao/TALL and Charades' videos",
                                     "charades_sta_{split}.txt", media="charades"),
@@ -196,20 +223,23 @@ MOMENTS = {
     "youcook2_all_qa": _moments("http://youcook2.eecs.umich.edu", "youcookii_annotations_trainval.json",
                                 within="database", explode="annotations", where={"subset": "training"},
                                 columns={"video": "key", "span": "segment", "caption": "sentence"}),
-    "activitynet_all_qa": _moments("http://activity-net.org", "{split}.jsonl", media="activitynet",
-                                   unverified="one line a sentence: video, start, end, caption (published as lists)"),
-    "ego4d_all": _moments("https://ego4d-data.org (licence)", "{split}.jsonl", media="ego4d",
-                          unverified="one line a narration: video, start, end, caption"),
+    "activitynet_all_qa": _moments("http://activity-net.org", "activity_net.v1-3.min.json", media="activitynet",
+                                   within="database", explode="annotations", where={"subset": "training"},
+                                   columns={"video": "key", "span": "segment", "caption": "label"}),
+    "ego4d_all": Entry(questions, files=("ego4d_cached_{split}_metadata.parquet",), explode="message_list",
+                       where={"corrupt": False}, columns={"video": "clip"}, options=_QA, media="ego4d",
+                       by_hand="https://storage.googleapis.com/molmo-datasets/ego4d_cached_train_metadata.parquet; "
+                       "clips cut out of https://ego4d-data.org (licence) as its columns uid, start and end say",
+                       verified="reader"),
     "epic_kitchens_qa": _moments("https://epic-kitchens.github.io", "EPIC_100_{split}.csv",
                                  columns={"start": "start_timestamp", "end": "stop_timestamp",
                                           "caption": "narration"}),
     "qv_highlights": _moments("https://github.com/jayleicn/moment_detr", "highlight_{split}_release.jsonl",
                               columns={"video": "vid", "span": "relevant_windows.0", "caption": "query"}),
-    "video_localized_narratives_caption": Entry(captions, hub="allenai/Molmo2-VideoLocalizedNarrativesCaptionHf",
-                                                media="video_localized_narratives",
-                                                options={"style": "video_short_caption"},
-                                                by_hand="https://google.github.io/video-localized-narratives",
-                                                unverified=SCHEMA),
+    "video_localized_narratives_caption": Entry(object_captions, hub="allenai/Molmo2-VideoLocalizedNarrativesCaptionHf",
+                                                files=("hf_dataset/*.arrow",), media="video_localized_narratives",
+                                                columns={"actors": "actor_names"}, verified="reader",
+                                                by_hand="the videos of OOPS, Kinetics-700, UVO and OVIS that it names"),
 }  # fmt: skip
 
 VIDEOS: dict[str, Entry] = {**MOLMO2, **QUESTIONS, **MOMENTS}

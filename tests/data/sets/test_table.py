@@ -55,8 +55,13 @@ def write(folder: Path, name: str, published: list[Row]) -> None:
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(published[0]), delimiter="\t" if name == "tgif" else ",")
-            writer.writeheader()
+            if not entry.header:
+                writer.writeheader()
             writer.writerows(published)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(published)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
     elif path.suffix == ".txt":
         path.write_text("".join(row["line"] + "\n" for row in published))
     elif path.suffix == ".json":
@@ -71,6 +76,10 @@ def write(folder: Path, name: str, published: list[Row]) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in published))
+    if entry.joined:
+        other, shared, column = entry.joined
+        lines = [{shared: f"v{i}", column: [{"start": 7.0, "end": 8.5, "text": "Hm."}]} for i in range(3)]
+        path.with_name(other).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def add(reference: Reference) -> Media:
@@ -112,7 +121,7 @@ def test_every_member_of_every_mixture_is_read(name: str, tmp_path: Path) -> Non
                 assert "<image>" not in turn.prompt
     # The schema's columns are all that the reader knows: a renamed column is an error that names it, not silence.
     entry = TABLE[name]
-    if not entry.where and not entry.within and name != "charades_sta_all_qa":
+    if not entry.where and not entry.within and not entry.header and name != "charades_sta_all_qa":
         broken = [{f"x_{column}": value for column, value in row.items()} for row in published]
         write(tmp_path, name, broken)
         for piece in next(iter(source.splits(entry, name, tmp_path).values())):
@@ -176,6 +185,8 @@ def test_subtitles_and_spans_come_along(tmp_path: Path) -> None:
     assert (line.start, line.end, line.text) == (0.0, 2.5, "meow")
     clip = of("tvqa_with_sub", tmp_path)[0].clip
     assert clip is not None and (clip.start, clip.end) == (6.01, 14.2)
+    (line,) = clip.subtitles  # of the file beside, in seconds of the clip
+    assert (line.start, line.end, line.text) == (pytest.approx(0.99), pytest.approx(2.49), "Hm.")
 
 
 def test_the_most_frequent_answer_is_taken(tmp_path: Path) -> None:
@@ -183,6 +194,55 @@ def test_the_most_frequent_answer_is_taken(tmp_path: Path) -> None:
     assert [branch.turns[0].answer for branch in tree.branches] == ["cat"] * 3
     assert [branch.style for branch in of("figure_qa", tmp_path)[0].branches] == ["figure_qa"] * 3
     assert [branch.turns[0].answer for branch in of("figure_qa", tmp_path)[0].branches] == ["No", "Yes", "No"]
+
+
+def test_places_in_several_images_are_asked_by_label(tmp_path: Path) -> None:
+    """Labels and points go by image: two of the three images show dogs."""
+    for sample in of("pixmo_multi_points", tmp_path):
+        dogs, cats = sample.branches
+        for branch, label, images in ((dogs, "dogs", {1, 3}), (cats, "cats", {2})):
+            answer = branch.turns[0].answer
+            assert isinstance(answer, Points) and answer.label == label
+            shown = {int(place.at) for place in answer.points}
+            assert shown and shown <= images
+            assert branch.turns[0].prompt.endswith(f"in {', '.join(f'image_{n}' for n in sorted(shown))}.")
+
+
+def test_lists_side_by_side_become_branches(tmp_path: Path) -> None:
+    for sample in of("mantis_instruct_nlvr2_multi_only", tmp_path):
+        assert len(sample.media) == 2 and [branch.style for branch in sample.branches] == ["mantis_instruct_mc"] * 2
+        first, second = (branch.turns[0] for branch in sample.branches)
+        assert str(first.answer).endswith("Yes") and str(second.answer).endswith("both")
+        assert second.prompt.count("\n") >= 3
+
+
+def test_opposites_stand_among_the_options(tmp_path: Path) -> None:
+    turn = only(of("paxion", tmp_path)[0]).turns[0]
+    assert str(turn.answer).endswith("Opening a book")
+    assert "Closing a book" in turn.prompt and "Not sure" in turn.prompt
+
+
+def test_what_is_marked_damaged_or_asks_for_times_is_left_out(tmp_path: Path) -> None:
+    assert len(of("ego4d_all", tmp_path)) == 2, "one of three clips is corrupt"
+    write(
+        tmp_path, "funqa", [row | {"task": task} for row, task in zip(rows("funqa"), ("H1", "H2", "C5"), strict=True)]
+    )
+    assert len(read(tmp_path, "funqa")) == 1
+
+
+def test_a_hint_goes_before_the_question(tmp_path: Path) -> None:
+    prompts = [only(sample).turns[0].prompt for sample in of("science_qa_img", tmp_path)]
+    assert [prompt.startswith("Look.\nWhich") for prompt in prompts] == [False, True, True]
+
+
+def test_every_entry_says_what_it_was_compared_with() -> None:
+    known = {"card", "reader", "layout"}
+    for name, entry in TABLE.items():
+        assert set(filter(None, entry.verified.split(", "))) <= known, name
+    academic = [
+        entry for name, entry in TABLE.items() if not name.startswith(("pixmo", "cosyn", "tulu", "molmo2_hard"))
+    ]
+    assert sum(bool(entry.verified) for entry in academic) / len(academic) > 0.8
 
 
 def test_explanations_come_before_the_answer(tmp_path: Path) -> None:
