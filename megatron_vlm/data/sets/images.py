@@ -24,17 +24,17 @@ _TULU = {"messages": "messages", "first_message_tokens": "first_message_qwen3_to
 def _points(method: str) -> Entry:
     """PixMo-Points, the part that was collected by `method`, without the images of its evaluation set."""
     return Entry(image_points, hub="allenai/pixmo-points", files=("data/{split}-*.parquet", "{split}-*.parquet"),
-                 where={"collection_method": method}, without="pixmo_points_eval")  # fmt: skip
+                 where={"collection_method": method}, without="pixmo_points_eval", verified="reader")  # fmt: skip
 
 
 def _cosyn(kind: str, style: str, *, explained: bool = True) -> Entry:
     return Entry(question_pairs, hub="allenai/CoSyn-400K", config=kind, splits=TRAIN_VALIDATION, one_tree=False,
-                 options={"style": style, "explained": explained})  # fmt: skip
+                 verified="reader", options={"style": style, "explained": explained})  # fmt: skip
 
 
 def _cosyn_documents(kind: str) -> Entry:
     """Several images; rows with more than five are left out."""
-    return Entry(question_pairs, hub="allenai/Molmo2-SynMultiImageQA", config=kind, one_tree=False,
+    return Entry(question_pairs, hub="allenai/Molmo2-SynMultiImageQA", config=kind, one_tree=False, verified="reader",
                  options={"style": f"cosyn_multidoc_{kind}_exp", "explained": True, "max_images": 5})  # fmt: skip
 
 
@@ -58,23 +58,41 @@ def _by_image(hub: str, style: str, by_hand: str, within: str = "message_list", 
 
 
 CAPTIONS_AND_TALK = {
-    "pixmo_cap": Entry(captions, hub="allenai/pixmo-cap"),
-    "pixmo_cap_with_transcripts": Entry(captions, hub="allenai/pixmo-cap", options={"transcripts": True}),
-    "pixmo_ask_model_anything": Entry(
-        questions, hub="allenai/pixmo-ask-model-anything", options={"style": "user_qa", "unpointed": True}
+    "pixmo_cap": Entry(captions, hub="allenai/pixmo-cap", verified="reader"),
+    "pixmo_cap_with_transcripts": Entry(
+        captions, hub="allenai/pixmo-cap", options={"transcripts": True}, verified="reader"
     ),
-    "pixmo_cap_qa_as_user_qa": Entry(tagged, hub="allenai/pixmo-cap-qa", options={"unpointed": True}),
+    "pixmo_ask_model_anything": Entry(
+        questions,
+        hub="allenai/pixmo-ask-model-anything",
+        options={"style": "user_qa", "unpointed": True},
+        verified="reader",
+    ),
+    "pixmo_cap_qa_as_user_qa": Entry(
+        tagged, hub="allenai/pixmo-cap-qa", options={"unpointed": True}, verified="reader"
+    ),
     "pixmo_multi_image_qa_multi_only_max5": Entry(  # Molmo2-MultiImageQA
         question_pairs,
         hub="allenai/Molmo2-MultiImageQA",
         splits=TRAIN_VALIDATION,
         options={"style": "correction_qa", "min_images": 2, "max_images": 5},
+        verified="reader",
     ),
     "tulu4": Entry(
-        tulu, hub="allenai/molmo2-tulu4-classified", columns=_TULU, one_tree=False, options={"max_first_tokens": 4096}
+        tulu,
+        hub="allenai/molmo2-tulu4-classified",
+        columns=_TULU,
+        one_tree=False,
+        options={"max_first_tokens": 4096},
+        verified="reader",
     ),
     "tulu4_max_2304": Entry(
-        tulu, hub="allenai/molmo2-tulu4-classified", columns=_TULU, one_tree=False, options={"max_first_tokens": 2304}
+        tulu,
+        hub="allenai/molmo2-tulu4-classified",
+        columns=_TULU,
+        one_tree=False,
+        options={"max_first_tokens": 2304},
+        verified="reader",
     ),
     # The text of the educational recipe; its rows are not classified, so nothing is left out.
     "tulu3": Entry(
@@ -83,7 +101,7 @@ CAPTIONS_AND_TALK = {
         one_tree=False,
         options={"style": "text_sft", "with_media": False},
     ),
-    "molmo2_hardcodes": Entry(fixed_answers, hub="allenai/molmo2-hardcodes", one_tree=False),
+    "molmo2_hardcodes": Entry(fixed_answers, hub="allenai/molmo2-hardcodes", one_tree=False, verified="reader"),
     # For evaluation only, as in Molmo2: no released mixture trains on clocks.
     "pixmo_clocks": Entry(
         labels,
@@ -105,6 +123,7 @@ PLACES = {
         splits={"test": "test"},
         options={"styles": ("pointing",)},
         evaluation_only=True,
+        verified="reader",
     ),
     "pixmo_points_train": _points("pointing"),
     "pixmo_points_high_freq_train": _points("counting"),
@@ -113,8 +132,11 @@ PLACES = {
         hub="allenai/pixmo-count",
         splits={"train": "train", "validation": "validation", "test": "test"},
         options={"in_pixels": True},
+        verified="reader",
     ),
-    "cosyn_point": Entry(question_points, hub="allenai/CoSyn-point", splits=TRAIN_VALIDATION, one_tree=False),
+    "cosyn_point": Entry(
+        question_points, hub="allenai/CoSyn-point", splits=TRAIN_VALIDATION, one_tree=False, verified="reader"
+    ),
     "pixmo_multi_points": Entry(  # Molmo2-MultiImagePoint
         multi_image_points,
         hub="allenai/Molmo2-MultiImagePoint",
