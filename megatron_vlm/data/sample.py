@@ -42,7 +42,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from megatron_vlm.data import example, film, points, prompts, tokens, writer
+from megatron_vlm.data import encode, example, points, prompts, tokens, writer
 from megatron_vlm.data.bundled import (
     clips,
     datasets,
@@ -69,7 +69,7 @@ _MODULES = (
     dialogues,
     draw,
     example,
-    film,
+    encode,
     film_texts,
     footage,
     objects,

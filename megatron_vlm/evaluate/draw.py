@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_vlm.data import film, points, video
+from megatron_vlm.data import encode, points, video
 from megatron_vlm.data.example import Points, Tracks
 from megatron_vlm.data.points import Place
 from megatron_vlm.data.timeline import Timeline
@@ -160,7 +160,7 @@ def write_film(
         )
         for at, pixels in zip(moments, frames, strict=True)
     )
-    path.write_bytes(film.encode(drawn, min(timeline.fps, FILM_FPS)))
+    path.write_bytes(encode.mp4(drawn, min(timeline.fps, FILM_FPS)))
     return len(moments)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from megatron_vlm.data import film
+from megatron_vlm.data import encode
 from megatron_vlm.data.bundled import objects
 from megatron_vlm.data.bundled.draw import Draw
 from megatron_vlm.data.bundled.scenes import CONTRAST, GRAY, SIDE
@@ -172,4 +172,4 @@ def paint(plan: Film, scenery: Mapping[str, Image.Image]) -> bytes:
                 picture = objects.picture(one.kind, one.color, one.diameter)
                 frame.paste(picture, one.square(at), picture)
         frames.append(np.asarray(frame))
-    return film.encode(frames, FPS, crf=12)
+    return encode.mp4(frames, FPS, crf=12)

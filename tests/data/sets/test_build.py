@@ -225,6 +225,10 @@ def test_images_of_the_evaluation_set_are_left_out(downloads: Path, tmp_path: Pa
 
 def test_clocks_go_to_the_test_split(downloads: Path, tmp_path: Path) -> None:
     write(downloads, "pixmo_clocks", rows("pixmo_clocks"))
+    faces = downloads / TABLE["pixmo_clocks"].media_folder("pixmo_clocks")
+    faces.mkdir(parents=True)
+    for number in range(3):
+        (faces / f"e{number}.png").write_bytes(picture(number))
     build(["pixmo_clocks"], downloads, tmp_path / "out")
     assert Shards(tmp_path / "out").splits("pixmo_clocks") == ("test",)
 

@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 
-def encode(frames: Iterable[np.ndarray], fps: int | float | Fraction, *, crf: int = 18, key_every: int = 12) -> bytes:
+def mp4(frames: Iterable[np.ndarray], fps: int | float | Fraction, *, crf: int = 18, key_every: int = 12) -> bytes:
     """The frames, (h, w, 3) uint8 RGB, all of one size, at a steady rate; h and w are made even by leaving out the last
     row or column.
 
