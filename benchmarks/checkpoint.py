@@ -41,12 +41,15 @@ BYTES_PER_PARAMETER = 12
 
 def measure(folder: Path, width: int, rounds: int) -> dict[str, Any]:
     """On each rank: the figures of this rank."""
+    import warnings
+
     import torch
     import torch.distributed as dist
 
     from megatron_vlm.checkpoint import load
     from megatron_vlm.checkpoint.saver import Saver
 
+    warnings.simplefilter("ignore")  # of Megatron and torch about each other
     layout = Layout(dist.get_world_size(), tensor=dist.get_world_size())
     models, optimizer = toy.build(layout, width=width)
     parameters = list(models[0].parameters())
@@ -79,7 +82,7 @@ def measure(folder: Path, width: int, rounds: int) -> dict[str, Any]:
     held_up(beside)  # the first of a process is waited for, and checks the sharding
     found: list[dict[str, float]] = []
     for _ in range(rounds + 1):
-        usual = median(step() for _ in range(5))
+        usual = median(step() for _ in range(3))
         waited_s = held_up(waiting)
         step()
         copies = [parameter.detach().clone() for parameter in parameters]
@@ -89,6 +92,7 @@ def measure(folder: Path, width: int, rounds: int) -> dict[str, Any]:
             slower_s += step() - usual
             steps += 1
         beside.finish()
+        print(f"round {len(found)}: waited {waited_s:.2f} s, held up {held_s:.3f} s", file=sys.stderr, flush=True)
         found.append(
             {
                 "waited_s": waited_s,

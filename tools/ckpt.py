@@ -80,6 +80,16 @@ def info(path: Path) -> str:
     counters = state.get("counters")
     if isinstance(counters, dict):
         lines.append("counters   " + (", ".join(f"{name} {value}" for name, value in counters.items()) or "none"))
+    made = state.get("environment", {})
+    if made:
+        packages = made.get("packages", {})
+        lines.append(
+            f"code       megatron_vlm {made.get('megatron_vlm')}, commit {made.get('commit')}, torch "
+            f"{packages.get('torch')}, megatron-core {packages.get('megatron-core')}"
+        )
+    for stage in reversed(state.get("stages", [])):
+        sources = f", from {', '.join(stage['sources'])}" if stage["sources"] else ""
+        lines.append(f"weights    of run {stage['run']}, step {stage['step']} ({stage['checkpoint']}){sources}")
     lines.append("numbers    by part:")
     lines += [f"  {count:>15,}  {part}" for part, count in sorted(numbers.items())]
     return "\n".join(lines)

@@ -31,7 +31,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("Learning rates", "", ("lr_*",), False),
     ("Gradient norms before clipping", "", ("grad_norm*",), True),
     ("Tokens", "per second", ("useful_tokens_per_s", "image_tokens_per_s"), False),
-    ("Time of a step", "seconds", ("step_time_s", "data_wait_s"), False),
+    ("Time of a step", "seconds", ("step_time_s", "data_wait_s", "save_wait_s"), False),
     ("Model FLOP/s", "", ("model_flops_per_s",), False),
     ("Fill of the rows", "share", ("fill",), False),
     ("Skipped, spikes, rollbacks", "count", ("skipped_steps", "skipped_samples", "spikes", "rollbacks"), False),
@@ -70,6 +70,8 @@ class Run:
     events: list[dict[str, Any]]
     checkpoints: list[tuple[str, int]]
     """Name and bytes."""
+    stragglers: list[dict[str, Any]]
+    """Where the time of the ranks went, by logging interval."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -119,6 +121,7 @@ def read(folder: Path) -> Run:
         _document(folder / "exit.json", json.loads),
         events,
         sizes,
+        _json_lines(folder / "stragglers.jsonl")[0],
     )
 
 
@@ -158,6 +161,7 @@ def page(runs: Sequence[Run]) -> str:
         *(_figure(runs, *each) for each in CHARTS),
         "</div>",
         _guards(runs),
+        _stragglers(runs),
         _checkpoints(runs),
         _settings(runs),
         "<h2>Environment</h2>",
@@ -284,6 +288,28 @@ def _guards(runs: Sequence[Run]) -> str:
         return "<h2>Guards</h2><p>No guard has fired.</p>"
     head = "<tr><th>run</th><th class=n>step</th><th>what</th><th>policy</th><th>dump</th><th>time</th></tr>"
     return f'<h2>Guards</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _stragglers(runs: Sequence[Run]) -> str:
+    """Seconds of each phase in the last interval: the median rank, and the ranks with most work of their own."""
+    rows, phases = [], []
+    for run in runs:
+        last = run.stragglers[-1] if run.stragglers else {}
+        median, slowest = last.get("median_s"), last.get("slowest")
+        if not isinstance(median, dict) or not isinstance(slowest, list):
+            continue
+        phases = phases or list(median)
+        named = [(f"rank {each.get('rank')}", each) for each in slowest if isinstance(each, dict)]
+        for name, times in [(f"median of {last.get('ranks')} rank(s)", median), *named]:
+            cells = "".join(f"<td class=n>{_number(times.get(phase))}</td>" for phase in phases)
+            rows.append(f"<tr><td>{_text(run.name)}</td><td>{_text(name)}</td>{cells}</tr>")
+    if not rows:
+        return ""
+    head = "<tr><th>run</th><th>rank</th>" + "".join(f"<th class=n>{_text(phase)}</th>" for phase in phases) + "</tr>"
+    return (
+        "<h2>Slowest ranks</h2><p class=dim>Seconds in each phase since the progress line before the last; who is fast "
+        f'waits in the others.</p><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    )
 
 
 def _checkpoints(runs: Sequence[Run]) -> str:

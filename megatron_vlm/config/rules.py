@@ -30,7 +30,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.recompute": ("none", "selective", "full"),
     "guard.not_finite": ("stop", "skip", "rollback"),
     "guard.spike": ("off", "note", "stop", "skip", "rollback"),
-    "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+    "optim.clip_by": ("component", "global"),
 }
 #: Smallest value of a number, where 0 is not the smallest.
 AT_LEAST: dict[str, float] = {
@@ -50,7 +51,12 @@ AT_LEAST: dict[str, float] = {
     "log.every": 1,
 }
 #: Probabilities and decay rates: less than 1.
-BELOW_ONE = ("train.residual_dropout", "train.response_dropout", "optim.betas")
+BELOW_ONE = (
+    "train.residual_dropout",
+    "train.response_dropout",
+    "optim.betas",
+    *(f"optim.{component}.betas" for component in ("vision", "connector", "language")),
+)
 
 
 def check(config: Config, world_size: int) -> None:
@@ -243,6 +249,31 @@ def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
         optim = getattr(config.optim, component)
         if component not in config.model.freeze and optim.min_lr > optim.lr:
             yield f"optim.{component}.min_lr={optim.min_lr} is above optim.{component}.lr={optim.lr}."
+        if optim.clip_norm is not None and config.optim.clip_by == "global":
+            yield f"optim.{component}.clip_norm={optim.clip_norm} has no meaning with optim.clip_by=global."
+    decay, steps = config.optim.decay_steps, config.train.steps
+    if (config.optim.schedule == "wsd") != (decay > 0):
+        yield f"optim.decay_steps={decay} with optim.schedule={config.optim.schedule}: only wsd has some."
+    if decay > steps:
+        yield f"optim.decay_steps={decay} are more than train.steps={steps}."
 
 
-RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _frames, _time, _training)
+def _rampup(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    train, p = config.train, config.parallel
+    if not train.rampup_steps:
+        return
+    grows = train.global_batch - train.rampup_from
+    if not train.rampup_from or not train.rampup_by or grows <= 0 or grows % train.rampup_by:
+        yield (
+            f"train.rampup_from={train.rampup_from} does not grow to train.global_batch={train.global_batch} by "
+            f"train.rampup_by={train.rampup_by} rows at a time."
+        )
+        return
+    once = max(1, world // (p.tensor * p.pipeline * p.context)) * train.micro_batch
+    once *= p.pipeline if p.virtual_pipeline > 1 else 1
+    for name in ("rampup_from", "rampup_by"):
+        if getattr(train, name) % once:
+            yield f"train.{name}={getattr(train, name)} must be a multiple of {once}, what all ranks take at once."
+
+
+RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _frames, _time, _training, _rampup)

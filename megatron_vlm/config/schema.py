@@ -128,6 +128,12 @@ class TrainConfig:
     """Optimizer steps."""
     global_batch: int = 8
     """Packed rows per step, over all data-parallel ranks."""
+    rampup_steps: int = 0
+    """Steps over which the rows of a step grow from rampup_from to global_batch. 0 = global_batch from the start."""
+    rampup_from: int = 0
+    """Rows of the first step."""
+    rampup_by: int = 0
+    """Rows by which it grows at a time. Both are multiples of what the data-parallel ranks take at once."""
     micro_batch: int = 1
     """Packed rows per forward pass on one rank."""
     seed: int = 6198
@@ -156,6 +162,14 @@ class ComponentOptimConfig:
     """Learning rate at the last step."""
     warmup_steps: int = 0
     """Steps until the peak."""
+    weight_decay: float | None = None
+    """Of this component. Not set = optim.weight_decay; likewise the next three."""
+    betas: tuple[float, float] | None = None
+    """Decay of the first and second moment."""
+    eps: float | None = None
+    """Added to the root of the second moment."""
+    clip_norm: float | None = None
+    """Largest gradient norm, where optim.clip_by is component."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +190,12 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
     """Largest gradient norm of a component (vision; connector with the new rows; language). 0 = no clipping."""
+    clip_by: str = "component"
+    """component: each by its own norm; global: all by the norm of all together."""
     schedule: str = "cosine"
-    """From the peak to min_lr: cosine, linear or constant."""
+    """From the peak to min_lr: cosine, linear, constant (stay at the peak) or wsd (stay, then linear at the end)."""
+    decay_steps: int = 0
+    """With the schedule wsd: steps at the end of the run that decay."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +257,10 @@ class LogConfig:
     """Steps between progress lines. metrics.jsonl and TensorBoard get every step."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the same numbers; its package must be installed. Empty = none."""
+    profile: tuple[int, ...] = ()
+    """Steps traced with torch's profiler, on every rank: profile/ in the run directory, for chrome://tracing."""
 
 
 @dataclass(frozen=True)

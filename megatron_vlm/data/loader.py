@@ -1,7 +1,8 @@
 """The stream of training steps for one rank: plan, deal, decode ahead. Knows ranks as numbers, not as groups.
 
-Rows form one endless stream, window after window, and a step takes the next `train.global_batch` of them. So nothing is
-carried from window to window, nothing is dropped between them, and (window, row) is all the state there is.
+Rows form one endless stream, window after window, and a step takes the next of them: `train.global_batch`, or what
+config/rampup.py says. So nothing is carried from window to window, nothing is dropped between them, and (window, row,
+steps taken) is all the state there is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlm.batch import Batch
+from megatron_vlm.config import rampup
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import mixture as mixtures
@@ -98,8 +100,8 @@ class Loader:
         one_pass: bool = False,
     ) -> None:
         self._share, self._config = share, config
-        data, train = config.data, config.train
-        self._rows_per_rank = _rows_per_rank(config, share)
+        data, self._grows = config.data, not one_pass
+        _check_shares(config, share)
         split = split or data.split
         shards = Shards(_manifest(data.manifest))
         mixture = mixtures.load(data.mixture)
@@ -138,9 +140,9 @@ class Loader:
         if shards.has_videos:
             self._identity["videos"] = f"{data.frames_per_second} {data.max_frames} {geometry.video_pool}"
         self._position = (0, 0) if state is None else self._checked(state)
+        self._steps = 0 if state is None else int(state.get("steps", 0))
         self._workers = Workers(Collator(shards, geometry, data.sequence_length), data.workers)
         self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
-        self._global_batch = train.global_batch
         self.keys: tuple[str, ...] = ()
         """`data set/key` of this rank's samples in the step handed out last, or waited for."""
 
@@ -157,7 +159,12 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream goes on after the last step handed out, and what it is a stream of. JSON values."""
-        return {"window": self._position[0], "offset": self._position[1], "of": dict(self._identity)}
+        return {
+            "window": self._position[0],
+            "offset": self._position[1],
+            "steps": self._steps,
+            "of": dict(self._identity),
+        }
 
     def close(self) -> None:
         """End worker processes and threads."""
@@ -182,24 +189,28 @@ class Loader:
         self.keys = keys
         step = Step(micro_batches=tuple(future.result() for future in futures), **facts)
         self._position = (step.next_window, step.next_offset)
+        self._steps += 1
         return step
 
     def _planned_steps(self, window: int, offset: int) -> Iterator[tuple[dict[str, Any], list[MicroBatch]]]:
         """What is known of each step without pixels, and this rank's micro-batches."""
         rows: list[Row] = []
-        start = (window, offset)
+        start, step = (window, offset), self._steps + 1
         for number, planned in self._windows(window):
             skip = offset if number == window else 0
             for place in range(skip, len(planned)):
                 rows.append(planned[place])
-                if len(rows) == self._global_batch:
+                if len(rows) == self._rows_of(step):
                     following = (number, place + 1)
                     yield self._step(rows, start, following)
-                    rows, start = [], following
+                    rows, start, step = [], following, step + 1
         if rows:
             last = rows[-1].number
-            padding = [padding_row(last + 1 + extra) for extra in range(self._global_batch - len(rows))]
+            padding = [padding_row(last + 1 + extra) for extra in range(self._config.train.global_batch - len(rows))]
             yield self._step([*rows, *padding], start, (number + 1, 0))
+
+    def _rows_of(self, step: int) -> int:
+        return rampup.rows(self._config.train, step) if self._grows else self._config.train.global_batch
 
     def _windows(self, window: int) -> Iterator[tuple[int, list[Row]]]:
         """Planned windows from `window` on; the next one is planned while one is in use."""
@@ -213,7 +224,8 @@ class Loader:
         self, rows: list[Row], start: tuple[int, int], following: tuple[int, int]
     ) -> tuple[dict[str, Any], list[MicroBatch]]:
         share, per_batch = self._share, self._config.train.micro_batch
-        dealt = deal([row.cost for row in rows], share.data_ranks, self._rows_per_rank // per_batch)[share.data_rank]
+        per_rank = len(rows) // (share.data_ranks * per_batch)
+        dealt = deal([row.cost for row in rows], share.data_ranks, per_rank)[share.data_rank]
         micro_batches = [
             MicroBatch(tuple(rows[i] for i in batch), share.crop_rank, share.crop_ranks, share.crops) for batch in dealt
         ]
@@ -256,14 +268,13 @@ def _loss_weight(row: Row) -> float:
     return sum(float(sample.content.loss_weights.sum()) for sample in row.samples)
 
 
-def _rows_per_rank(config: Config, share: Share) -> int:
+def _check_shares(config: Config, share: Share) -> None:
     rows, per_batch = config.train.global_batch, config.train.micro_batch
     if rows % (share.data_ranks * per_batch):
         raise ValueError(
             f"train.global_batch={rows} does not divide by {share.data_ranks} data-parallel ranks x "
             f"train.micro_batch={per_batch}."
         )
-    return rows // share.data_ranks
 
 
 def _manifest(setting: str) -> str:

@@ -24,10 +24,5 @@ class UnpackedLoader(Loader):
         single = [Row(row.number, (sample,), row.cost) for row in rows for sample in row.samples]
         parts = self._share.data_ranks * self._config.train.micro_batch * self.multiple
         single += [padding_row(rows[-1].number) for _ in range(-len(single) % parts)]
-        packed_rows = self._rows_per_rank
-        self._rows_per_rank = len(single) // self._share.data_ranks
-        try:
-            _, micro_batches = super()._step(single, start, following)
-        finally:
-            self._rows_per_rank = packed_rows
+        _, micro_batches = super()._step(single, start, following)
         return {**facts, "tokens": len(single) * self._config.data.sequence_length}, micro_batches

@@ -23,7 +23,7 @@ from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, ending, optim, recovery, resume, stragglers
+from megatron_vlm.train import directory, ending, metrics, optim, recovery, resume, stragglers
 from megatron_vlm.train.ending import Ending, Watch
 from megatron_vlm.train.guard import Guard
 from megatron_vlm.train.lock import Lock
@@ -31,6 +31,7 @@ from megatron_vlm.train.metrics import Reporter
 from megatron_vlm.train.pulse import Pulse
 from megatron_vlm.train.recovery import Progress
 from megatron_vlm.train.step import Outcome, Stepper
+from megatron_vlm.train.trace import traced
 from megatron_vlm.train.watchdog import Watchdog
 
 
@@ -40,6 +41,7 @@ def train(config: Config, layout: Layout) -> Ending:
     Raises ValueError where a checkpoint, the data or the tokenizer do not fit the settings, or another process uses
     the run directory; FloatingPointError where loss or gradients are not finite. Leaves exit.json in the run directory.
     """
+    metrics.check(config)
     folder, first = directory.path(config), dist.get_rank() == 0
     counters = {"skipped_steps": 0, "skipped_samples": 0, "spikes": 0, "rollbacks": 0}
     progress = Progress(0, counters, Guard(config.guard))
@@ -83,6 +85,8 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, wat
     progress.step, saved, save_wait_s = start.step, start.step, 0.0
     progress.counters |= start.counters
     progress.guard.restore(start.guard)
+    # Of rank 0, which writes it.
+    progress.facts = {"stages": start.stages, "environment": directory.environment() if dist.get_rank() == 0 else {}}
 
     while not (reason := _agreed(watch, saver, pulse)) and progress.step < config.train.steps:
         began = time.perf_counter()
@@ -91,7 +95,8 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, wat
         with pulse.during("data"):
             fetched = next(batches)
         waited_s = time.perf_counter() - began
-        outcome = stepper.train(fetched.micro_batches, step, progress.guard.judge)
+        with traced(directory.path(config), step, config.log.profile):
+            outcome = stepper.train(fetched.micro_batches, step, progress.guard.judge)
         if outcome.event:
             recovery.keep(config, layout, stepper, fetched, outcome, before, reporter)
             saver.finish()
@@ -156,7 +161,11 @@ def _save(
 ) -> float:
     """Save, in the background unless `wait`; the seconds that training was held up."""
     began = time.monotonic()
-    state = {"data": loader.state_dict(), "counters": progress.counters, "guard": progress.guard.state()}
+    state = {
+        "data": loader.state_dict(),
+        "counters": progress.counters,
+        "guard": progress.guard.state(),
+    } | progress.facts
     saver.save(models=models, optimizer=optimizer, step=progress.step, state=state, wait=wait)
     watch.saved(saver.took_s)
     progress.guard.rollbacks = 0
@@ -242,7 +251,7 @@ def _record(config: Config, step: int, fetched: Fetched, outcome: Outcome) -> di
         "image_tokens": fetched.image_tokens,
         "crops": fetched.crops,
         "samples": fetched.samples,
-        "fill": fetched.useful_tokens / (config.train.global_batch * config.data.sequence_length),
+        "fill": fetched.useful_tokens / fetched.tokens,
         "loss_weight": outcome.weight,
         **{f"loss/{name}": loss for name, loss in outcome.losses.items()},
     }

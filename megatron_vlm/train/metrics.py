@@ -5,6 +5,7 @@ Only rank 0 makes a Reporter; the numbers it gets are already those of the globa
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ import torch
 
 from megatron_vlm import cost
 from megatron_vlm.batch import PREFIX_BRANCH, Batch
+from megatron_vlm.config import load
 from megatron_vlm.config.schema import Config
 from megatron_vlm.train import directory, stragglers
 
@@ -48,6 +50,15 @@ def _pairs(batch: Batch) -> torch.Tensor:
     return causal + back - hidden
 
 
+def check(config: Config) -> None:
+    """Raises ValueError, on every rank, where what `log` asks for is not installed."""
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"log.wandb={config.log.wandb!r}, but the package wandb is not installed. `pip install wandb`, or leave "
+            "log.wandb empty: metrics.jsonl and TensorBoard hold the same numbers."
+        )
+
+
 class Reporter:
     """Writes into a run directory, and to `out` (default: standard output) for a person."""
 
@@ -61,6 +72,7 @@ class Reporter:
 
             # purge_step: events after the checkpoint belong to the run that was cut off.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
+        self._wandb = _wandb(folder, config) if config.log.wandb else None
         self._folder, self._start, self._began = folder, start, time.monotonic()
 
     def _open(self, folder: Path) -> None:
@@ -85,6 +97,11 @@ class Reporter:
             for name, value in record.items():
                 if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                     self._board.add_scalar(_tag(name), value, step)
+        if self._wandb is not None:
+            # Its own step counter never goes back; ours does, after a resume or a rollback.
+            self._wandb.log(
+                {_tag(name): value for name, value in _finite(record).items() if name != "step"} | {"step": step}
+            )
         if step % self.config.log.every == 0 or step in (self._start + 1, self.config.train.steps):
             self.say(self._line(record))
         elif "eval_loss" in record:
@@ -107,6 +124,8 @@ class Reporter:
         self._ledger.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _line(self, record: Record) -> str:
         step = record["step"]
@@ -123,6 +142,24 @@ class Reporter:
             f"{_duration(per_step_s * (self.config.train.steps - step))} left",
         ]
         return "  ".join(parts)
+
+
+def _wandb(folder: Path, config: Config) -> Any:
+    """A run of Weights & Biases; the same one when the run goes on."""
+    import wandb  # not a requirement
+
+    known = folder / "wandb_id"
+    run = wandb.init(
+        project=config.log.wandb,
+        name=folder.name,
+        dir=str(folder),
+        config=load.to_dict(config),
+        id=known.read_text(encoding="utf-8").strip() if known.exists() else None,
+        resume="allow",
+    )
+    known.write_text(f"{run.id}\n", encoding="utf-8")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _place(step: int, config: Config) -> str:

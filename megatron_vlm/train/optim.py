@@ -6,6 +6,7 @@ component (with and without weight decay); each group knows its component by `lr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,8 +78,9 @@ def build(models: Sequence[DistributedDataParallel], config: Config) -> Megatron
         for decays in (False, True):
             overrides[_key(component, decays)] = {"lr_mult": TAGS[component], "wd_mult": float(decays)}
     optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    for name, group in _named_groups(optimizer):
+        group["weight_decay"] = _own(optim, name, "weight_decay") * group["wd_mult"]
+        group["betas"], group["eps"] = tuple(_own(optim, name, "betas")), _own(optim, name, "eps")
         if "fused" in group:  # torch's AdamW; on a CPU it would go through the tensors operator by operator
             group["fused"] = True
     return optimizer
@@ -105,10 +107,17 @@ def _settings(optim: OptimConfig, name: str) -> ComponentOptimConfig:
     return getattr(optim, name)
 
 
+def _own(optim: OptimConfig, name: str, setting: str) -> Any:
+    """A component's value of a setting that all have in common unless it says otherwise."""
+    own = getattr(_settings(optim, name), setting)
+    return getattr(optim, setting) if own is None else own
+
+
 def set_learning_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> dict[str, float]:
     """Write the learning rates of `step` (from 1) into the groups; gives them by component name."""
+    optim = config.optim
     rates = {
-        name: learning_rate(_settings(config.optim, name), config.optim.schedule, step, config.train.steps)
+        name: learning_rate(_settings(optim, name), optim.schedule, step, config.train.steps, optim.decay_steps)
         for name in CLIPPED_TOGETHER
     }
     for name, group in _named_groups(optimizer):
@@ -123,8 +132,8 @@ def _named_groups(optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str,
 
 
 @torch.no_grad()
-def clip(optimizer: MegatronOptimizer, clip_norm: float) -> dict[str, float]:
-    """Scale each component's gradients to at most `clip_norm` (0 = leave them); gives the norms before, by component.
+def clip(optimizer: MegatronOptimizer, optim: OptimConfig) -> dict[str, float]:
+    """Scale the gradients to the largest norms that `optim` allows; gives the norms before, by component.
 
     Call it between `prepare_grads` and `step_with_ready_grads`, on every rank, also on one without parameters.
     Each number is counted once: ranks hold disjoint shards over the data-parallel ranks; of a parameter that every
@@ -148,7 +157,7 @@ def clip(optimizer: MegatronOptimizer, clip_norm: float) -> dict[str, float]:
             squares[index] = _square(counted[name])
     dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
     norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
-    for name, scale in clip_scales(norms, clip_norm).items():
+    for name, scale in clip_scales(norms, optim).items():
         if scale < 1 and gradients[name]:
             torch._foreach_mul_(gradients[name], scale)
     return norms
@@ -171,9 +180,12 @@ def _square(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([torch.stack(torch._foreach_norm(short, dtype=torch.float64)), *norms]).square().sum()
 
 
-def clip_scales(norms: dict[str, float], clip_norm: float) -> dict[str, float]:
+def clip_scales(norms: dict[str, float], optim: OptimConfig) -> dict[str, float]:
     """What the gradients of each component are multiplied by; 1 where the norm is small enough, or not a number."""
-    scales = {name: clip_norm / (norm + 1e-6) if clip_norm else 1.0 for name, norm in norms.items()}
+    most = {name: _own(optim, name, "clip_norm") for name in norms}
+    if optim.clip_by == "global":
+        norms = dict.fromkeys(norms, math.sqrt(sum(norm**2 for norm in norms.values())))
+    scales = {name: most[name] / (norm + 1e-6) if most[name] else 1.0 for name, norm in norms.items()}
     return {name: scale if 0 < scale < 1 else 1.0 for name, scale in scales.items()}
 
 

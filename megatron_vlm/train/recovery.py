@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm.checkpoint import load as checkpoints
@@ -32,6 +32,8 @@ class Progress:
     counters: dict[str, int]
     """Counts over the whole run."""
     guard: Guard
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What stands in every checkpoint of the run: `stages`, the checkpoints that it comes from, and `environment`."""
 
 
 def keep(

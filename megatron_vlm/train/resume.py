@@ -33,6 +33,8 @@ class Start:
     """Counts over the whole run so far."""
     guard: dict[str, Any] = field(default_factory=dict)
     """What the guard knows of the last steps."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Where the weights come from, the oldest first: run, checkpoint and step of each stage before."""
 
 
 def find(config: Config) -> Start:
@@ -54,10 +56,11 @@ def find(config: Config) -> Start:
         if not config.init.checkpoint:
             return Start(None, None, 0, f"New run in {run}, from random weights.")
         try:
-            weights = load.read(config.init.checkpoint).path
+            origin = load.read(config.init.checkpoint)
         except ValueError as error:
             raise ValueError(f"init.checkpoint={config.init.checkpoint}: {error}") from error
-        return Start(None, weights, 0, f"New run in {run}, from the weights of {weights}.")
+        words = f"New run in {run}, from the weights of {origin.path}."
+        return Start(None, origin.path, 0, words, stages=_stages(origin))
     if resume == "never":
         raise ValueError(
             f"run.resume=never, but {folder} holds checkpoints (the latest is {latest.name}). Set run.dir to another "
@@ -74,9 +77,29 @@ def find(config: Config) -> Start:
         )
     words = "".join(f"Passed over: {fault}\n" for fault in faults)
     words += f"Resuming {run} from step {saved.step} ({latest})."
+    state = saved.state
     return Start(
-        latest, None, saved.step, words, saved.state["data"], saved.state["counters"], saved.state.get("guard", {})
+        latest,
+        None,
+        saved.step,
+        words,
+        state["data"],
+        state["counters"],
+        state.get("guard", {}),
+        state.get("stages", []),
     )
+
+
+def _stages(origin: load.Record) -> list[dict[str, Any]]:
+    """The stages before a run that starts with the weights of `origin`."""
+    brought = origin.state.get("lineage", {}).get("sources", [])
+    stage = {
+        "run": origin.config.get("run", {}).get("name", ""),
+        "checkpoint": str(origin.path),
+        "step": origin.step,
+        "sources": [f"{source['directory']} ({source['format']} format)" for source in brought],
+    }
+    return [*origin.state.get("stages", []), stage]
 
 
 def restore(

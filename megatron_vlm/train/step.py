@@ -109,7 +109,7 @@ class Stepper:
         self.pulse.enter("optimizer")
         with cpu.direct():
             self.optimizer.prepare_grads()
-            norms = optim.clip(self.optimizer, self.config.optim.clip_norm)
+            norms = optim.clip(self.optimizer, self.config.optim)
         rates = optim.set_learning_rates(self.optimizer, self.config, step)
         with self.pulse.during("collective"):
             values = self._agreed({"loss": outcome.loss, **norms})
@@ -124,7 +124,7 @@ class Stepper:
     def evidence(self, outcome: Outcome) -> Evidence:
         """What there is to know about the step just done, of the whole global batch. Collective."""
         assert self.optimizer is not None
-        scales = optim.clip_scales(outcome.norms, self.config.optim.clip_norm)
+        scales = optim.clip_scales(outcome.norms, self.config.optim)
         return evidence.gather(self._seen, self.models, self.optimizer, scales)
 
     def _agreed(self, values: dict[str, float]) -> dict[str, float]:

@@ -64,6 +64,35 @@ def test_one_process_is_started_directly():
     assert shown("bash", "examples/pretrain_stage1.sh", "a.b=c d") == f"-m megatron_vlm.train {recipe} a.b=c d"
 
 
+def test_the_chain_of_stages_goes_on_where_it_was(tmp_path):
+    """The trainer is a script that notes its stage and ends as it is told."""
+    trainer = tmp_path / "trainer"
+    trainer.write_text(
+        """#!/bin/bash
+        stage="$(echo "$*" | grep -o 'stage[123]' | head -n 1)"
+        mkdir -p "runs/tiny-$stage/checkpoints"
+        echo "$stage" >> started
+        outcome=finished
+        if [ "$stage" = "$STOP_AT" ]; then outcome=requeue; fi
+        echo "{\\"outcome\\": \\"$outcome\\"}" > "runs/tiny-$stage/exit.json"
+        exit $([ "$stage" = "$STOP_AT" ] && echo "$CODE" || echo 0)
+        """
+    )
+    trainer.chmod(0o755)
+    chain = ROOT / "examples" / "all_stages.sh"
+
+    def go(**env: str) -> tuple[int, list[str]]:
+        (tmp_path / "started").write_text("")
+        done = start("bash", chain, cwd=tmp_path, PYTHON=str(trainer), **env)
+        return done.returncode, (tmp_path / "started").read_text().split()
+
+    assert go(STOP_AT="stage2", CODE="85") == (85, ["stage1", "stage2"])
+    assert go(STOP_AT="stage2", CODE="0") == (85, ["stage2"])  # a launcher that hides the code
+    assert go(STOP_AT="stage3", CODE="1") == (1, ["stage2", "stage3"])
+    assert go(STOP_AT="") == (0, ["stage3"])
+    assert go(STOP_AT="") == (0, [])
+
+
 def test_a_script_works_from_any_folder(tmp_path):
     assert str(ROOT / "examples" / "recipes" / "tiny" / "stage1.yaml") in shown(
         "bash", ROOT / "examples" / "pretrain_stage1.sh", cwd=tmp_path

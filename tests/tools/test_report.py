@@ -69,6 +69,9 @@ def test_the_page_holds_everything_and_asks_the_network_for_nothing(run):
     (folder / "exit.json").write_text('{"outcome": "requeue", "reason": "SIGTERM", "step": 300}')
     (folder / "guards").mkdir()
     (folder / "guards" / "events.jsonl").write_text('{"step": 7, "words": "loss is nan", "policy": "skip"}\n{"st')
+    (folder / "stragglers.jsonl").write_text(
+        '{"step": 300, "ranks": 4, "median_s": {"data": 0.25}, "slowest": [{"rank": 3, "data": 4.5}, 7]}\n'
+    )
     assert report.main([str(folder)]) == 0
     text = (folder / "report.html").read_text()
     page = Page(text)

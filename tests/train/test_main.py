@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from megatron_vlm.config import load
 from megatron_vlm.train import __main__ as command
 from tests.data import world as data
 from tests.train.kills import CLOCKS
+from tools import ckpt
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,6 +129,10 @@ def test_the_next_stage_starts_from_the_weights_of_the_last(recipe, tmp_path, ca
     stage2 = [f"run.dir={tmp_path / 'stage2'}", f"init.checkpoint={tmp_path / 'run'}", "data.seed=5", "train.steps=2"]
     assert command.main([str(recipe), *stage2]) == 0
     assert f"from the weights of {tmp_path / 'run' / 'checkpoints' / 'iter_0000006'}" in capsys.readouterr().out
+    assert ckpt.main(["info", str(tmp_path / "stage2")]) == 0
+    said = capsys.readouterr().out
+    assert f"weights    of run run, step 6 ({tmp_path / 'run' / 'checkpoints' / 'iter_0000006'})" in said
+    assert f"torch {torch.__version__}" in said
     first = _metrics(tmp_path / "stage2")[0]
     assert first["step"] == 1 and abs(first["loss"] - last["loss"]) < 0.7  # random weights: 1.5 above
 

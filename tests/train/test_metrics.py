@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from typing import Any
 
 import pytest
@@ -60,6 +62,58 @@ def test_pairs_are_those_that_the_mask_allows():
             found = places(row)
             counted += int(visible(Places(*(x[:, None] for x in found)), Places(*(x[None] for x in found))).sum())
         assert metrics.work(batch).pairs == counted > 0
+
+
+def test_weights_and_biases_gets_every_step_and_the_same_run_again(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from megatron_vlm.config.schema import Config, LogConfig
+    from megatron_vlm.train import metrics
+
+    config = Config(log=LogConfig(tensorboard=False, wandb="project"))
+    with pytest.raises(ValueError, match="log.wandb='project', but the package wandb is not installed"):
+        metrics.check(config)
+    started: list[dict] = []
+    logged: list[dict] = []
+
+    def init(**settings):
+        started.append(settings)
+        return SimpleNamespace(
+            id=settings["id"] or "new", define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    record = {"step": 3, "loss": float("nan"), "lr_vision": 0.1, "grad_norm": 1.0, "lr_language": 0.1,
+              "useful_tokens": 1, "step_time_s": 1.0, "data_wait_s": 0.0}  # fmt: skip
+    for start in (0, 2):
+        reporter = metrics.Reporter(tmp_path, config, start)
+        reporter.step(record, {})
+        reporter.close()
+    assert [settings["id"] for settings in started] == [None, "new"] and started[0]["project"] == "project"
+    assert logged[0]["step"] == 3 and logged[0]["lr/lr_vision"] == 0.1 and logged[0]["loss/loss"] is None
+
+
+def test_a_straggler_is_named_with_what_it_does():
+    from megatron_vlm.train import stragglers
+    from megatron_vlm.train.pulse import PHASES
+
+    usual = dict.fromkeys(PHASES, 0.0) | {"forward": 2.0, "data": 0.1, "collective": 1.0}
+    late = usual | {"data": 3.0, "collective": 0.0}
+    assert stragglers.words([usual, usual, late, usual]) == "slowest: rank 2, data 3.0 s (median 0.1 s)"
+    assert stragglers.words([usual, usual | {"collective": 9.0}]) == ""  # it waits
+    told = stragglers.summary([usual, late])
+    assert told["slowest"][0] == {"rank": 1, **late} and told["median_s"]["data"] == pytest.approx(1.55)
+
+
+def test_chosen_steps_are_traced(tmp_path, one_rank):
+    from megatron_vlm.train.trace import traced
+
+    for step in (1, 2):
+        with traced(tmp_path, step, (2,)):
+            torch.ones(2) + 1
+    (file,) = (tmp_path / "profile").iterdir()
+    events = json.loads(file.read_text())["traceEvents"]
+    assert file.name == "step-0000002-rank-00000.json" and any(event.get("name") == "aten::add" for event in events)
 
 
 def test_counters_of_a_step_are_those_of_its_batches(tmp_path):

@@ -65,10 +65,10 @@ def test_each_component_is_clipped_by_its_own_norm(trainer, monkeypatch):
                 found[name] = found.get(name, 0.0) + parameter.grad.double().pow(2).sum().item()
         return {name: math.sqrt(square) for name, square in found.items()}
 
-    def watched(optimizer, clip_norm):
+    def watched(optimizer, settings):
         before.update(norms(optimizer))
-        reported = clip(optimizer, bound := (min(before.values()) + max(before.values())) / 2)
-        bounds.append(bound)
+        bounds.append((min(before.values()) + max(before.values())) / 2)
+        reported = clip(optimizer, dataclasses.replace(settings, clip_norm=bounds[0]))
         after.update(norms(optimizer))
         return reported
 
@@ -79,6 +79,35 @@ def test_each_component_is_clipped_by_its_own_norm(trainer, monkeypatch):
     assert min(before.values()) * 1.01 < bound  # one is clipped, one is not
     assert after == pytest.approx({name: min(norm, bound) for name, norm in before.items()}, rel=1e-5)
     assert outcome.grad_norm == pytest.approx(math.sqrt(sum(norm**2 for norm in before.values())))
+
+
+def test_clipping_by_own_norms_or_by_that_of_all():
+    from megatron_vlm.config.schema import ComponentOptimConfig, OptimConfig
+    from megatron_vlm.train import optim
+
+    norms = {"vision": 3.0, "connector": 0.5, "language": 4.0}
+    own = OptimConfig(language=ComponentOptimConfig(clip_norm=2.0))
+    assert optim.clip_scales(norms, own) == pytest.approx({"vision": 1 / 3, "connector": 1, "language": 0.5}, rel=1e-5)
+    scale = 1 / math.sqrt(3.0**2 + 0.5**2 + 4.0**2)
+    together = optim.clip_scales(norms, OptimConfig(clip_by="global"))
+    assert together == pytest.approx(dict.fromkeys(norms, scale), rel=1e-5)
+    assert set(optim.clip_scales(norms, OptimConfig(clip_norm=0)).values()) == {1.0}
+
+
+def test_each_component_has_its_own_moments(trainer):
+    from megatron_vlm.config.schema import ComponentOptimConfig, OptimConfig
+    from megatron_vlm.train import optim
+
+    stepper, _ = trainer
+    vision = ComponentOptimConfig(betas=(0.8, 0.9), eps=1e-8, weight_decay=0.3)
+    settings = dataclasses.replace(stepper.config, optim=OptimConfig(vision=vision, weight_decay=0.1))
+    built = optim.build(stepper.models, settings)
+    found = {(name, group["betas"], group["eps"], group["weight_decay"]) for name, group in optim._named_groups(built)}
+    assert found == {
+        ("vision", (0.8, 0.9), 1e-8, 0.3), ("vision", (0.8, 0.9), 1e-8, 0.0),
+        ("connector", (0.9, 0.95), 1e-6, 0.1), ("connector", (0.9, 0.95), 1e-6, 0.0),
+        ("language", (0.9, 0.95), 1e-6, 0.1), ("language", (0.9, 0.95), 1e-6, 0.0),
+    }  # fmt: skip
 
 
 def test_a_batch_without_loss_weights_updates_nothing(trainer):
@@ -126,44 +155,58 @@ def test_loss_is_the_weighted_mean_of_the_token_losses(trainer):
     assert stepper.evaluate(iter([[row] for row in rows])).loss == pytest.approx(outcome.loss, rel=1e-6)
 
 
-def _run(settings):
-    """`loop.train` on a rank of a pool."""
+def _run(settings, steps):
+    """`loop.train` on a rank of a pool, for so many steps; then as if there were a stop file."""
     from megatron_vlm.parallel import groups
     from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import loop
 
     layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
-    loop.train(settings, layout)
+    reasons = iter([""] * steps + ["stop file"])
+    agreed, loop.Watch.agreed = loop.Watch.agreed, lambda *_: next(reasons)
+    try:
+        loop.train(settings, layout)
+    finally:
+        loop.Watch.agreed = agreed
 
 
 @pytest.mark.slow
 def test_a_run_stopped_on_one_layout_goes_on_on_another(tmp_path, pool):
+    """With all that depends on the step: rates that decay at the end, a batch that grows, moments per component."""
     import json
+
+    from megatron_vlm.config.schema import ComponentOptimConfig
 
     data.build(tmp_path)
 
-    def settings(name, steps, **parallel):
+    vision = ComponentOptimConfig(lr=5e-4, min_lr=1e-5, warmup_steps=2, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3)
+
+    def settings(name, **parallel):
         config = world.config(tmp_path, **parallel)
         return dataclasses.replace(
             config,
             run=dataclasses.replace(config.run, dir=str(tmp_path / name), device="cpu"),
-            train=dataclasses.replace(config.train, steps=steps, residual_dropout=0.1),
-            # Steps may change on resume only where the rates do not depend on them.
-            optim=dataclasses.replace(config.optim, schedule="constant"),
+            train=dataclasses.replace(
+                config.train, steps=6, residual_dropout=0.1, rampup_steps=4, rampup_from=4, rampup_by=4
+            ),
+            optim=dataclasses.replace(
+                config.optim, vision=vision, schedule="wsd", decay_steps=3, clip_by="global", clip_norm=0.5
+            ),
             log=dataclasses.replace(config.log, tensorboard=False),
         )
 
-    pool(1).run(_run, settings("whole", 6), timeout_s=120)
-    pool(2).run(_run, settings("changed", 2, tensor=2, sequence=True), timeout_s=120)
-    pool(2).run(_run, settings("changed", 4), timeout_s=120)
-    pool(1).run(_run, settings("changed", 6), timeout_s=120)
+    pool(1).run(_run, settings("whole"), 6, timeout_s=120)
+    pool(2).run(_run, settings("changed", tensor=2, sequence=True), 1, timeout_s=120)
+    pool(2).run(_run, settings("changed"), 3, timeout_s=120)
+    pool(1).run(_run, settings("changed"), 2, timeout_s=120)
     whole, changed = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "changed")
     )
     assert [line["step"] for line in changed] == [1, 2, 3, 4, 5, 6]
-    for key in ("loss", "grad_norm_vision", "grad_norm_connector", "grad_norm_language", "lr_vision"):
+    assert [line["tokens"] // 192 for line in whole] == [4, 4, 8, 8, 8, 8]
+    for key in ("loss", "grad_norm_vision", "grad_norm_connector", "grad_norm_language", "lr_vision", "tokens"):
         assert [line[key] for line in changed] == pytest.approx([line[key] for line in whole], rel=1e-5), key
     ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "changed")]
     assert ledgers[0] == ledgers[1]  # the same rows in the same order

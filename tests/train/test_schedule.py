@@ -27,6 +27,13 @@ def test_linear_and_constant():
     assert learning_rate(CONNECTOR, "constant", 10_200, 10_200) == pytest.approx(2e-4)
 
 
+def test_wsd_stays_at_the_peak_and_falls_at_the_end():
+    rates = [learning_rate(CONNECTOR, "wsd", step, 10_000, 1000) for step in (100, 200, 9000, 9500, 10_000, 10_001)]
+    assert rates == pytest.approx([1e-4, 2e-4, 2e-4, 1.1e-4, 2e-5, 2e-5])
+    # More decay than there is room for: it begins at the end of the warm-up.
+    assert learning_rate(CONNECTOR, "wsd", 600, 1000, 900) == pytest.approx(1.1e-4)
+
+
 def test_a_run_shorter_than_its_warm_up_never_leaves_it():
     assert [learning_rate(CONNECTOR, "cosine", step, 100) for step in (50, 100)] == pytest.approx([5e-5, 1e-4])
 
@@ -37,5 +44,5 @@ def test_a_rate_without_warm_up_starts_just_below_the_peak():
 
 
 def test_an_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="'wsd' does not exist; choose one of cosine, linear, constant"):
-        learning_rate(CONNECTOR, "wsd", 1, 10)
+    with pytest.raises(ValueError, match="'stairs' does not exist; choose one of cosine, linear, constant"):
+        learning_rate(CONNECTOR, "stairs", 1, 10)

@@ -51,10 +51,10 @@ def steps(settings: Config, record: tuple[int, ...] = ()) -> dict[str, Any]:
     trainer, loader = stepper(settings)
     clip, found = optim.clip, {}
 
-    def watched_clip(optimizer: Any, clip_norm: float) -> dict[str, float]:
+    def watched_clip(optimizer: Any, settings: OptimConfig) -> dict[str, float]:
         if step in record:
             found[step] = pieces.gradients(trainer.models, optimizer)
-        return clip(optimizer, clip_norm)
+        return clip(optimizer, settings)
 
     optim.clip = watched_clip
     outcomes = []
