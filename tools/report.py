@@ -212,6 +212,7 @@ def _summary(runs: Sequence[Run]) -> str:
     row("time in steps, minutes", lambda steps: sum(_values(steps, "step_time_s")) / 60)
     row("share of it waiting for data, %", lambda steps: _percent(_rate(steps, "data_wait_s")))
     row("fill of the rows, %", lambda steps: _percent(_mean(_values(steps, "fill"))))
+    rows.append(("most memory of a rank, GB", [_last_memory(run) for run in runs]))
     row("MFU, %", lambda steps: _percent(_mean(_values(steps, "mfu"))))
     for name in ("skipped_steps", "skipped_samples", "spikes", "rollbacks"):
         row(name.replace("_", " "), lambda steps, name=name: (_values(steps, name) or [None])[-1])
@@ -221,6 +222,10 @@ def _summary(runs: Sequence[Run]) -> str:
         for name, values in rows
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def _last_memory(run: Run) -> Any:
+    return run.stragglers[-1].get("most_memory_gb") if run.stragglers else None
 
 
 def _values(steps: Sequence[dict[str, Any]], name: str) -> list[Any]:

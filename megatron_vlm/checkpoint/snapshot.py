@@ -23,6 +23,8 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._copies: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+        self._state: dict[str, Any] = {}
+        self._parts: list[Any] = []
 
     def take(self, models: Sequence[Any], optimizer: Any | None) -> None:
         """Copy what the models and the optimizer are now. `contents` then gives that state. Collective."""
@@ -47,9 +49,10 @@ class Snapshot:
         Collective over groups that training does not use: the optimizer's parts of the data-parallel ranks come
         together over gloo.
         """
-        models = {name: state for name, state in self._state.items() if name != "optimizer"}
+        taken, self._state = self._state, {}  # what is gathered here is not kept until the next save
+        models = {name: state for name, state in taken.items() if name != "optimizer"}
         for index, part in enumerate(self._parts):
-            optimizer = self._state["optimizer"]
+            optimizer = taken["optimizer"]
             common = optimizer if len(self._parts) == 1 else optimizer[index]
             # Megatron finds a parameter's place in the model by the live parameter, so the models' data stay until now.
             common["param_state"] = (
@@ -57,7 +60,7 @@ class Snapshot:
             )
         for entry in _entries(models):
             entry.data = self._of(entry.data)
-        return self._state
+        return taken
 
     def _copy(self, tensors: list[torch.Tensor]) -> None:
         copies: dict[tuple[torch.device, int, int], torch.Tensor] = {}

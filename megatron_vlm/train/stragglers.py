@@ -1,10 +1,11 @@
-"""Which ranks were slow since the last progress line, and in what: seconds per phase of every rank, gathered once."""
+"""Which ranks were slow since the last progress line, and in what: seconds per phase of every rank, and its memory."""
 
 from __future__ import annotations
 
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -17,15 +18,24 @@ MOST_RANKS = 8
 #: A rank whose own work took so much longer than the median rank's, and so much in all, is worth a line for the reader.
 FACTOR, LEAST_S = 1.25, 0.1
 
+#: Key beside the phases.
+MEMORY = "memory_gb"
+
 Times = dict[str, float]
 
 
 def gather(pulse: Pulse) -> list[Times]:
-    """Seconds by phase of each rank since the last call. Collective."""
-    mine = torch.tensor(list(pulse.spent().values()), dtype=torch.float64, device=torch.cuda.current_device())
+    """Seconds by phase of each rank since the last call, and its memory in GB. Collective."""
+    device = torch.cuda.current_device()
+    mine = torch.tensor([*pulse.spent().values(), _memory_bytes() / 1e9], dtype=torch.float64, device=device)
     everywhere = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everywhere, mine)
-    return [dict(zip(PHASES, times.tolist(), strict=True)) for times in everywhere]
+    return [dict(zip((*PHASES, MEMORY), times.tolist(), strict=True)) for times in everywhere]
+
+
+def _memory_bytes() -> int:
+    """The most that tensors took on the GPU so far; on a CPU, what the process takes now."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def busy(times: Times) -> float:
@@ -38,6 +48,7 @@ def summary(ranks: list[Times]) -> dict[str, Any]:
     slowest = sorted(range(len(ranks)), key=lambda rank: -busy(ranks[rank]))[:MOST_RANKS]
     return {
         "ranks": len(ranks),
+        "most_memory_gb": max(times[MEMORY] for times in ranks),
         "median_s": {phase: median(times[phase] for times in ranks) for phase in PHASES},
         "slowest": [{"rank": rank, **ranks[rank]} for rank in slowest],
     }

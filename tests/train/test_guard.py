@@ -122,6 +122,44 @@ def test_skip_leaves_a_poisoned_step_out_on_all_ranks(settings, tmp_path, pool):
     assert event["dump"] == "step-0000003.json" and event["kind"] == "not_finite"
 
 
+def _spiking(settings, spike):
+    """`loop.train` where the last rank's token losses of step `spike` are ten times what they are."""
+    from megatron_vlm.parallel import groups
+    from megatron_vlm.parallel.layout import Layout
+    from megatron_vlm.train import loop
+    from megatron_vlm.train.step import Stepper
+
+    layout = Layout.of(settings, dist.get_world_size())
+    groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
+    original = Stepper._loss
+
+    def planted(self, batch, token_losses):
+        last = dist.get_rank() == dist.get_world_size() - 1
+        return original(self, batch, token_losses * 10 if last and self.pulse.step == spike else token_losses)
+
+    Stepper._loss = planted
+    try:
+        return loop.train(settings, layout).outcome
+    finally:
+        Stepper._loss = original
+
+
+@pytest.mark.slow
+def test_a_planted_spike_is_skipped_on_all_ranks_and_the_dump_shows_whose_rows_it_was(settings, tmp_path, pool):
+    config = settings("stop", spike="skip")
+    train = dataclasses.replace(config.train, steps=LEAST_HISTORY + 3, global_batch=2, micro_batch=1)
+    spike = LEAST_HISTORY + 2
+    assert pool(2).run(_spiking, dataclasses.replace(config, train=train), spike, timeout_s=120) == ["finished"] * 2
+    metrics = _lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in metrics if line["spikes"]] == [spike, spike + 1]  # counted from then on
+    assert metrics[-1]["skipped_steps"] == 1
+    (event,) = _lines(tmp_path / "run" / "guards" / "events.jsonl")
+    assert (event["step"], event["kind"], event["policy"]) == (spike, "spike", "skip")
+    kept = dump.read(tmp_path / "run" / "guards" / event["dump"])
+    means = [losses[weights > 0].mean() for losses, weights in zip(kept.losses, kept.weights, strict=True)]
+    assert max(means) > 5 * min(means)
+
+
 @pytest.mark.slow
 def test_rollback_goes_to_the_checkpoint_and_passes_the_rows_over(settings, tmp_path, pool):
     pool(1).run(_poisoned, settings("rollback"), {4}, timeout_s=120)

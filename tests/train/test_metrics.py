@@ -97,11 +97,12 @@ def test_a_straggler_is_named_with_what_it_does():
     from megatron_vlm.train import stragglers
     from megatron_vlm.train.pulse import PHASES
 
-    usual = dict.fromkeys(PHASES, 0.0) | {"forward": 2.0, "data": 0.1, "collective": 1.0}
+    usual = dict.fromkeys(PHASES, 0.0) | {"forward": 2.0, "data": 0.1, "collective": 1.0, "memory_gb": 1.5}
     late = usual | {"data": 3.0, "collective": 0.0}
     assert stragglers.words([usual, usual, late, usual]) == "slowest: rank 2, data 3.0 s (median 0.1 s)"
     assert stragglers.words([usual, usual | {"collective": 9.0}]) == ""  # it waits
-    told = stragglers.summary([usual, late])
+    told = stragglers.summary([usual | {"memory_gb": 2.5}, late])
+    assert told["most_memory_gb"] == 2.5
     assert told["slowest"][0] == {"rank": 1, **late} and told["median_s"]["data"] == pytest.approx(1.55)
 
 
