@@ -255,6 +255,8 @@ class LogConfig:
 
     every: int = 10
     """Steps between progress lines. metrics.jsonl and TensorBoard get every step."""
+    norms_every: int = 0
+    """Steps between lines of norms.jsonl: gradient and weight norm of each module that trains. 0 = never."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
     wandb: str = ""

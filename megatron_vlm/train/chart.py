@@ -116,10 +116,11 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 of them where there are few."""
+    """Powers of ten, with 2 and 5 of them where there are few; in a narrow range round numbers as on any axis."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1,) if len(powers) > 5 else (1, 2, 5)
-    return [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+    ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+    return ticks if len(ticks) > 2 else _ticks(low, high)
 
 
 def _label(value: float) -> str:

@@ -1,7 +1,7 @@
 """A run directory: what lies where, who may write it, and how it is brought back to a checkpoint's step.
 
-config.yaml, environment.json, metrics.jsonl, ledger.jsonl, stragglers.jsonl, tensorboard/, checkpoints/. Only rank 0
-writes; but heartbeats/ (see watchdog.py) holds files of every rank.
+config.yaml, environment.json, metrics.jsonl, ledger.jsonl, stragglers.jsonl, norms.jsonl, tensorboard/,
+checkpoints/. Only rank 0 writes; but heartbeats/ (see watchdog.py) holds files of every rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_vlm.config import load
 from megatron_vlm.config.schema import Config
 
 #: Logs with one JSON object per line, each with its step.
-LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl")
+LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl", "norms.jsonl")
 #: Settings that may change between a checkpoint and the run that goes on from it: they do not touch what is learnt.
 MAY_CHANGE = (
     "run", "init", "parallel", "checkpoint", "guard", "eval", "log",

@@ -75,10 +75,34 @@ def gather(
     return Evidence(np.array(rows, np.int64), np.stack(whole[0]), np.stack(whole[1]), norms)
 
 
-def _squares(
+def module_norms(
     models: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, scales: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """`gradients` (before clipping, as in `gather`) and `parameters`: norm of each module that trains. Collective."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    mine = [_squares(models, optimizer, scales), _squares(models, optimizer, scales, of_parameters=True)]
+    dist.all_gather_object(everywhere, mine)
+    found = {}
+    for index, kind in enumerate(("gradients", "parameters")):
+        sums: dict[str, float] = defaultdict(float)
+        for share in everywhere:
+            for name, square in share[index].items():
+                sums[name] += square
+        found[kind] = {name: math.sqrt(square) for name, square in sums.items()}
+    return found
+
+
+def _squares(
+    models: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    scales: dict[str, float],
+    *,
+    of_parameters: bool = False,
 ) -> dict[str, float]:
-    """Squared gradient norm of each module, of the part that this rank keeps; parts of all ranks add up."""
+    """Squared gradient norm of each module, of the part that this rank keeps; parts of all ranks add up.
+
+    of_parameters: the norm of the weights instead.
+    """
     squares: dict[str, float] = defaultdict(float)
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
     for model in models:
@@ -95,14 +119,15 @@ def _squares(
                     part = each._get_model_param_range_map(parameter)["param"]
                 except KeyError:
                     continue  # all of it belongs to other data-parallel ranks
-                scale = scales[optim.clipped_as(name.removeprefix("module."))]
-                gradient = parameter.main_grad.view(-1)[part.start : part.end]
+                scale = 1.0 if of_parameters else scales[optim.clipped_as(name.removeprefix("module."))]
+                whole = parameter.detach() if of_parameters else parameter.main_grad
+                numbers = whole.view(-1)[part.start : part.end]
                 module = name.rsplit(".", 1)[0]
                 for local, globally in names:
                     if module == local or module.startswith(f"{local}."):
                         module = globally + module[len(local) :]
                         break
-                squares[module.removeprefix("module.")] += gradient.double().square().sum().item() / scale**2
+                squares[module.removeprefix("module.")] += numbers.double().square().sum().item() / scale**2
     return dict(squares)
 
 

@@ -113,6 +113,10 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, wat
             record |= _evaluate(config, stepper, share)
         if reporter:
             reporter.step(record, _ledger(fetched))
+        if _due(step, config.log.norms_every) and outcome.norms:
+            norms = stepper.module_norms(outcome)
+            if reporter:
+                reporter.norms(step, norms)
         if _due(step, config.log.every):
             ranks = stragglers.gather(pulse)
             if reporter:

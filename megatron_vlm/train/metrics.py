@@ -114,6 +114,11 @@ class Reporter:
         if words := stragglers.words(ranks):
             self.say(f"{_place(step, self.config)}  {words}")
 
+    def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
+        """Gradient and weight norms of the modules: a line of norms.jsonl."""
+        with open(self._folder / "norms.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | {kind: _finite(values) for kind, values in norms.items()}) + "\n")
+
     def say(self, text: str) -> None:
         """A line for the reader."""
         print(text, file=self.out, flush=True)

@@ -127,6 +127,12 @@ class Stepper:
         scales = optim.clip_scales(outcome.norms, self.config.optim)
         return evidence.gather(self._seen, self.models, self.optimizer, scales)
 
+    def module_norms(self, outcome: Outcome) -> dict[str, dict[str, float]]:
+        """Gradient and weight norm of each module after the step just done. Collective."""
+        assert self.optimizer is not None
+        scales = optim.clip_scales(outcome.norms, self.config.optim)
+        return evidence.module_norms(self.models, self.optimizer, scales)
+
     def _agreed(self, values: dict[str, float]) -> dict[str, float]:
         """The values of rank 0: ranks that differ in the last digit could come to different verdicts."""
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)

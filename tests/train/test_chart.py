@@ -45,6 +45,7 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_logarithmic_ticks():
     assert _log_ticks(0.9, 11) == [1, 2, 5, 10]
     assert _log_ticks(1e-6, 1e3)[0] == pytest.approx(1e-6)
+    assert _log_ticks(5.6, 8.5) == [6, 7, 8]  # neither 2, 5 nor 10 is in between
 
 
 def test_nothing_to_draw_is_an_empty_picture():

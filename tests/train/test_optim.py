@@ -110,6 +110,25 @@ def test_each_component_has_its_own_moments(trainer):
     }  # fmt: skip
 
 
+def test_norms_of_modules_are_those_of_their_gradients_and_weights(trainer):
+    from megatron_vlm.train import optim
+
+    stepper, micro_batches = trainer
+    outcome = stepper.train(micro_batches, 1)
+    found = stepper.module_norms(outcome)
+    (model,) = [wrapped.module for wrapped in stepper.models]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = {name.rsplit(".", 1)[0]: optim.clipped_as(name) for name in names}
+    assert set(found["gradients"]) == set(found["parameters"]) == set(trained)
+    for name in trained:
+        own = [p for p in model.get_submodule(name).parameters(recurse=False) if p.requires_grad]
+        squares = sum(parameter.detach().double().square().sum().item() for parameter in own)
+        assert found["parameters"][name] == pytest.approx(math.sqrt(squares), rel=1e-6)
+    for component, norm in outcome.norms.items():
+        parts = [found["gradients"][name] for name, clipped in trained.items() if clipped == component]
+        assert math.sqrt(sum(part**2 for part in parts)) == pytest.approx(norm, rel=1e-6)
+
+
 def test_a_batch_without_loss_weights_updates_nothing(trainer):
     stepper, micro_batches = trainer
     weights = {name: p.clone() for name, p in stepper.models[0].named_parameters()}
