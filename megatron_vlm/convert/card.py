@@ -11,6 +11,27 @@ if TYPE_CHECKING:
     from megatron_vlm.convert.stored import Checkpoint
 
 
+#: For models that were trained with data.image_crops=0, which no setting of transformers' processor says.
+WHOLE_IMAGE = """\
+This model was trained with the whole image as its only crop. The processor adds a second one, in higher resolution,
+which the model has not seen. Between processor and model, take it out again (one image):
+
+```python
+ids = inputs["input_ids"][0]
+start = (ids == model.config.image_start_token_id).nonzero()[0].item()
+end = (ids == model.config.image_end_token_id).nonzero()[-1].item()
+kept = [place for place in range(len(ids)) if not start <= place <= end]
+for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    inputs[name] = inputs[name][:, kept]
+inputs["pixel_values"] = inputs["pixel_values"][:1]
+placeholders = (inputs["input_ids"] == model.config.image_patch_id).sum()
+inputs["image_token_pooling"] = inputs["image_token_pooling"][:placeholders]
+inputs["image_grids"][:, 2:] = 0
+inputs["image_num_crops"][:] = 1
+```
+"""
+
+
 def lineage(source: Checkpoint) -> list[str]:
     """Where the weights come from, as lines. Folder names only: a card names no path of a machine."""
     record = source.record
@@ -44,13 +65,9 @@ def molmo2(source: Checkpoint, dtype: str, image_crops: int) -> str:
         f"- weights in {dtype}; vision layers after number {depth(arch) - 1}, counted from 0, are not stored",
         "- the head predicts the base vocabulary only; `lm_head.weight` is "
         + ("a copy of the base rows of the embedding" if arch.language.tied_head else "a matrix of its own"),
-        "- trained on images; video input has not been trained or tested",
+        "- of a video the processor takes frames at even distances from the first on; in training the last frame was "
+        "shown as well",
     ]
-    if image_crops == 0:
-        notes.append(
-            "- **trained with the whole image as its only crop**; the processor always adds high-resolution crops, "
-            "which this model has not seen"
-        )
     use = [
         "```python",
         "from transformers import AutoModelForImageTextToText, AutoProcessor",
@@ -67,11 +84,13 @@ def molmo2(source: Checkpoint, dtype: str, image_crops: int) -> str:
         "",
         "No remote code is needed: the class is part of transformers (5.23 or later).",
     ]
+    whole = [] if image_crops else [("Only the whole image", WHOLE_IMAGE.splitlines())]
     return _page(
         "A Molmo2 model trained with megatron_vlm",
         "pipeline_tag: image-text-to-text\n",
         ("Where it comes from", lineage(source)),
         ("Use", use),
+        *whole,
         ("To know", notes),
     )
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_vlm.checkpoint import directory, verify
+from megatron_vlm.config import load as config_load
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.convert import card, describe, hf, names, processor
 from megatron_vlm.convert.entries import Entry
@@ -40,8 +41,8 @@ def send(
     tokenizer: str = "",
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
-) -> dict[str, str]:
-    """Write a checkpoint's weights to the folder `out`. Gives the SHA-256 of each file.
+) -> None:
+    """Write a checkpoint's weights to the folder `out`.
 
     form:      transformers (Molmo2, native names), hub (Molmo2, names of the released checkpoints), parts (language
                model, vision tower and connector, each in a folder), language or vision (one of them alone).
@@ -65,7 +66,7 @@ def send(
             source = Checkpoint(path, verify_first=False)
             wanted = DTYPES[dtype] if dtype else None
             folder = _Folder(source, wanted, shard_bytes, progress, verifying.result)
-            return _send(source, out, form, wanted, tokenizer, folder)
+            _send(source, out, form, wanted, tokenizer, folder)
         except Exception:
             # Where the checkpoint is damaged, that is the reason.
             verifying.result()
@@ -83,8 +84,8 @@ class _Folder:
     ready: Callable[[], None]
     done: int = 0
 
-    def __call__(self, path: Path, tensors: list[Planned], documents: dict[str, str]) -> dict[str, str]:
-        """Write one; the SHA-256 of each file."""
+    def __call__(self, path: Path, tensors: list[Planned], documents: dict[str, str]) -> None:
+        """Write one."""
         numbers = {key: torch.Size(shape).numel() for key, shape in self.source.shapes.items()}
         kind = self.wanted or next(iter(self.source.dtypes.values()))
         total = max(sum(numbers.values()) * kind.itemsize, self.done + sum(each.bytes for each in tensors))
@@ -93,30 +94,32 @@ class _Folder:
             self.done += count
             self.progress(self.done, total)
 
-        return hf.write(path, tensors, documents, shard_bytes=self.shard_bytes, progress=advance, ready=self.ready)
+        hf.write(path, tensors, documents, shard_bytes=self.shard_bytes, progress=advance, ready=self.ready)
 
 
 def _send(
     source: Checkpoint, out: Path, form: str, wanted: torch.dtype | None, tokenizer: str, folder: _Folder
-) -> dict[str, str]:
+) -> None:
     arch = source.arch
     name = _TORCH_NAMES[wanted or source.dtypes["language.decoder.final_layernorm.weight"]]
-    settings = source.record.config.get("data", {})
-    tokenizer = tokenizer or settings.get("tokenizer", "")
+    data = config_load.from_dict(source.record.config, f"in the checkpoint {source.path}").data
+    tokenizer = tokenizer or data.tokenizer
     if form in ("language", "vision"):
-        return folder(out, *_single(source, form, wanted, name, tokenizer))
+        folder(out, *_single(source, form, wanted, name, tokenizer))
+        return
     if form == "parts":
-        return _parts(source, out, folder, wanted, name, tokenizer)
+        _parts(source, out, folder, wanted, name, tokenizer)
+        return
     _check_molmo2(arch)
     which = "native" if form == "transformers" else "hub"
     config = describe.native(arch, name) if which == "native" else describe.hub(arch, name)
     documents = {
         CONFIG: _json(config),
         **processor.tokenizer_files(tokenizer, arch),
-        **processor.processor_files(arch, settings.get("image_crops", 8)),
-        "README.md": card.molmo2(source, name, settings.get("image_crops", 8)),
+        **processor.processor_files(arch, data),
+        "README.md": card.molmo2(source, name, data.image_crops),
     }
-    return folder(out, _planned(source, which, table(arch), wanted), documents)
+    folder(out, _planned(source, which, table(arch), wanted), documents)
 
 
 def _json(value: Mapping[str, Any]) -> str:
@@ -152,13 +155,28 @@ def _planned(source: Checkpoint, form: str, entries: Iterable[Entry], wanted: to
                     f"{shape}."
                 )
         dtype = wanted or source.dtypes[next(iter(entry.stored("megatron")))]
-        for key, shape in entry.stored(form).items():
-            planned.append(Planned(key, dtype, shape, _maker(source, entry, form, key, dtype)))
+        made = _Made(source, entry, form)
+        planned += [Planned(key, dtype, shape, _maker(made, key, dtype)) for key, shape in entry.stored(form).items()]
     return planned
 
 
-def _maker(source: Checkpoint, entry: Entry, form: str, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    return lambda: entry.tensors(form, entry.parts("megatron", source.read_again))[key].to(dtype)
+@dataclass
+class _Made:
+    """An entry of the table in a format. Made at the first tensor asked for, dropped with the last."""
+
+    source: Checkpoint
+    entry: Entry
+    form: str
+    tensors: dict[str, torch.Tensor] | None = None
+
+    def take(self, key: str) -> torch.Tensor:
+        if self.tensors is None:
+            self.tensors = self.entry.tensors(self.form, self.entry.parts("megatron", self.source.read))
+        return self.tensors.pop(key)
+
+
+def _maker(made: _Made, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: made.take(key).to(dtype)
 
 
 def _single(
@@ -205,17 +223,13 @@ def _parts(
     wanted: torch.dtype | None,
     dtype: str,
     tokenizer: str,
-) -> dict[str, str]:
+) -> None:
     """Three folders. The connector keeps our names and layouts, which its README explains."""
     out.parent.mkdir(parents=True, exist_ok=True)
     writing = out.with_name(f".writing-{out.name}-{uuid.uuid4().hex[:8]}")
-    digests = {}
     try:
         for part in ("language", "vision"):
-            found = folder(
-                writing / part, *_single(source, part, wanted, dtype, tokenizer if part == "language" else "")
-            )
-            digests.update({f"{part}/{name}": digest for name, digest in found.items()})
+            folder(writing / part, *_single(source, part, wanted, dtype, tokenizer if part == "language" else ""))
         own = [key for key in source.shapes if key.startswith("connector.") or key == names.NEW_ROWS]
         tensors = [
             Planned(key, kind, source.shapes[key], _reader(source, key, kind))
@@ -223,12 +237,10 @@ def _parts(
             for kind in [wanted or source.dtypes[key]]
         ]
         documents = {CONFIG: _json(source.record.architecture), "README.md": card.connector(source, dtype)}
-        found = folder(writing / "connector", tensors, documents)
-        digests.update({f"connector/{name}": digest for name, digest in found.items()})
+        folder(writing / "connector", tensors, documents)
         os.rename(writing, out)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return digests
 
 
 def _reader(source: Checkpoint, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -29,6 +28,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER = 100_000_000
 #: Bytes in a file by default.
 SHARD_BYTES = 5_000_000_000
+#: Bytes that are sent to the disk together, beside the writing; bytes that are read back and compared at once.
+SYNC_BYTES, CHECK_BYTES = 256_000_000, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -240,12 +241,11 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int], None] = lambda bytes: None,
     ready: Callable[[], None] = lambda: None,
-) -> dict[str, str]:
+) -> None:
     """Write a folder: `tensors` in files of at most `shard_bytes`, and `documents` by file name.
 
     Under another name first; every byte is read back and compared, then, after `ready` has returned, the folder gets
-    its name. Gives the SHA-256 of each file. Raises ValueError where the folder exists, RuntimeError where writing
-    fails; nothing is left.
+    its name. Raises ValueError where the folder exists, RuntimeError where writing fails; nothing is left.
     """
     directory = Path(directory)
     if directory.exists():
@@ -254,29 +254,25 @@ def write(
     writing = directory.with_name(f".writing-{directory.name}-{uuid.uuid4().hex[:8]}")
     writing.mkdir()
     try:
-        digests = _write_tensors(writing, list(tensors), shard_bytes, progress)
+        _write_tensors(writing, list(tensors), shard_bytes, progress)
         for name, text in documents.items():
-            digests[name] = _write_text(writing / name, text)
+            _write_text(writing / name, text)
         ready()
         os.rename(writing, directory)
     except OSError as error:
         raise RuntimeError(f"writing {directory} failed: {error}. Is the disk full?") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return digests
 
 
-def _write_text(path: Path, text: str) -> str:
+def _write_text(path: Path, text: str) -> None:
     data = text.encode("utf-8")
     path.write_bytes(data)
     if path.read_bytes() != data:
         raise _unsound(path)
-    return hashlib.sha256(data).hexdigest()
 
 
-def _write_tensors(
-    writing: Path, tensors: list[Planned], shard_bytes: int, progress: Callable[[int], None]
-) -> dict[str, str]:
+def _write_tensors(writing: Path, tensors: list[Planned], shard_bytes: int, progress: Callable[[int], None]) -> None:
     shards: list[list[Planned]] = [[]]
     for planned in tensors:
         if shards[-1] and sum(each.bytes for each in shards[-1]) + planned.bytes > shard_bytes:
@@ -285,16 +281,28 @@ def _write_tensors(
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
-    digests = {name: _write_file(writing / name, shard, progress) for name, shard in zip(names, shards, strict=True)}
+    with ThreadPoolExecutor(1) as checks, ThreadPoolExecutor(1) as syncs:
+        syncing = [
+            each
+            for name, shard in zip(names, shards, strict=True)
+            for each in _write_file(writing / name, shard, progress, checks, syncs)
+        ]
+        for each in syncing:
+            each.result()
     if count > 1:
         weight_map = {each.key: name for name, shard in zip(names, shards, strict=True) for each in shard}
         index = {"metadata": {"total_size": sum(each.bytes for each in tensors)}, "weight_map": weight_map}
-        digests[INDEX] = _write_text(writing / INDEX, json.dumps(index, indent=2) + "\n")
-    return digests
+        _write_text(writing / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], None]) -> str:
-    """Write one file tensor by tensor; its SHA-256."""
+def _write_file(
+    path: Path,
+    tensors: list[Planned],
+    progress: Callable[[int], None],
+    checks: ThreadPoolExecutor,
+    syncs: ThreadPoolExecutor,
+) -> list[Future[None]]:
+    """Write one file tensor by tensor. Given back is what has to end before the file is on the disk."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for each in tensors:
@@ -306,20 +314,30 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], No
         at += each.bytes
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    checker = _Checker(path)
-    with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(1) as thread:
-        checking: Future[None] | None = None
+    syncing: list[Future[None]] = []
+    checking: Future[None] | None = None
+    unsynced = 0
+    with path.open("wb", buffering=0) as stream:
         for data in _contents(struct.pack("<Q", len(text)) + text, tensors, path, progress):
-            at = stream.tell()
+            start = stream.tell()
             _write_all(stream, data)
-            # One tensor waits for its check while the next is made: hashing takes as long as writing.
+            # One tensor waits for its check while the next is made.
             if checking is not None:
                 checking.result()
-            checking = thread.submit(checker.check, at, data)
+            checking = checks.submit(_check, path, start, data)
+            unsynced += len(data)
+            if unsynced >= SYNC_BYTES:
+                syncing.append(syncs.submit(sync, path))
+                unsynced = 0
         assert checking is not None
         checking.result()
+    return [*syncing, syncs.submit(sync, path)]
+
+
+def sync(path: Path) -> None:
+    """Wait until what has been written to a file is on the disk."""
+    with path.open("rb") as stream:
         os.fsync(stream.fileno())
-    return checker.digest.hexdigest()
 
 
 def _contents(
@@ -339,23 +357,16 @@ def _write_all(stream: io.FileIO, data: memoryview) -> None:
         data = data[stream.write(data) :]
 
 
-class _Checker:
-    """Reads back what was just written to a file, compares it with what it should be, and hashes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.digest = hashlib.sha256()
-        self._path, self._buffer = path, memoryview(bytearray(1 << 22))
-
-    def check(self, at: int, data: memoryview) -> None:
-        """Compare the file from byte `at` on. RuntimeError where it holds something else."""
-        with self._path.open("rb", buffering=0) as stream:
-            stream.seek(at)
-            while len(data):
-                found = self._buffer[: stream.readinto(self._buffer[: len(data)])]
-                expected, data = data[: len(found)], data[len(found) :]
-                if not len(found) or not np.array_equal(np.frombuffer(found, "u1"), np.frombuffer(expected, "u1")):
-                    raise _unsound(self._path)
-                self.digest.update(found)
+def _check(path: Path, at: int, data: memoryview) -> None:
+    """Read back what was just written to a file at byte `at`. RuntimeError where it is something else than `data`."""
+    buffer = memoryview(bytearray(min(CHECK_BYTES, len(data))))
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(at)
+        while len(data):
+            found = buffer[: stream.readinto(buffer[: len(data)])]
+            expected, data = data[: len(found)], data[len(found) :]
+            if not len(found) or not np.array_equal(np.frombuffer(found, "u1"), np.frombuffer(expected, "u1")):
+                raise _unsound(path)
 
 
 def _unsound(path: Path) -> RuntimeError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_vlm.config.architecture import NEW_TOKENS, Architecture, VisionArchitecture
 from megatron_vlm.config.geometry import image_geometry
+from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.tokens import Tokenizer
 
 #: Ids between the tokenizer's last and the model's first new token need a name, or new tokens would get lower ids.
@@ -146,15 +147,16 @@ def _pixels(arch: VisionArchitecture) -> dict[str, Any]:
     }
 
 
-def processor_files(arch: Architecture, image_crops: int) -> dict[str, str]:
-    """Configs of Molmo2's processor classes, by file name. image_crops: most high-resolution crops of an image."""
-    geometry = image_geometry(arch, image_crops)
+def processor_files(arch: Architecture, data: DataConfig) -> dict[str, str]:
+    """Configs of Molmo2's processor classes, by file name, with crops and frames as `data` had them in training."""
+    geometry = image_geometry(arch, data.image_crops)
     image = {
         "image_processor_type": "Molmo2ImageProcessor",
         "processor_class": "Molmo2Processor",
         **_pixels(arch.vision),
-        # The class always adds high-resolution crops; the model card says so where training had none.
-        "max_crops": max(1, image_crops),
+        # The class always adds high-resolution crops; where training had none, the model card says how to leave them
+        # out.
+        "max_crops": max(1, data.image_crops),
         "overlap_margins": [geometry.margin, geometry.margin],
         "pooling_size": [arch.connector.image_pool] * 2,
     }
@@ -163,6 +165,9 @@ def processor_files(arch: Architecture, image_crops: int) -> dict[str, str]:
         "processor_class": "Molmo2Processor",
         **_pixels(arch.vision),
         "pooling_size": [arch.connector.video_pool] * 2,
+        "num_frames": data.max_frames or data.max_crops,
+        # The class declares a whole number, and takes any.
+        "max_fps": int(data.frames_per_second) if data.frames_per_second % 1 == 0 else data.frames_per_second,
     }
     both = {
         "processor_class": "Molmo2Processor",

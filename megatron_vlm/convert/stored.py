@@ -41,14 +41,6 @@ class Checkpoint:
             if isinstance(entry, TensorStorageMetadata) and not key.startswith(record.OPTIMIZER):
                 self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
         self._metadata = metadata
-        self._last: tuple[str, torch.Tensor] | None = None
-
-    def read_again(self, key: str) -> torch.Tensor:
-        """`read`, which remembers the last tensor: queries, keys and values come from one."""
-        if self._last is None or self._last[0] != key:
-            self._last = None
-            self._last = key, self.read(key)
-        return self._last[1]
 
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor, put together from the pieces that the ranks wrote."""

@@ -7,7 +7,6 @@ It is what Megatron's torch_dist strategy writes: torch's distributed checkpoint
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from megatron_vlm.checkpoint import directory as names
 from megatron_vlm.checkpoint import verify
 from megatron_vlm.config.schema import CheckpointConfig
-from megatron_vlm.convert.hf import Planned
+from megatron_vlm.convert.hf import Planned, sync
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -55,23 +54,34 @@ def write(
     directory = Path(directory)
     try:
         writing = names.begin(directory, STEP)
-        digests: dict[str, Future[dict[str, Any]]] = {}
         places: list[Place] = []
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as syncer:
+            digests: dict[str, Future[dict[str, Any]]] = {}
+            syncing: list[Future[None]] = []
+
+            def written(name: str) -> None:
+                digests[name] = reader.submit(verify.digest, writing / name)
+                syncing.append(syncer.submit(sync, writing / name))
+
             # It imports half of torch, which takes as long as writing a gigabyte: beside the writing.
-            imported = reader.submit(import_module, "torch.distributed.checkpoint.filesystem")
+            imported = syncer.submit(import_module, "torch.distributed.checkpoint.filesystem")
             for number, group in enumerate(_files(tensors)):
                 name = f"__0_{number}.distcp"
                 places += _write_file(writing / name, group, progress)
-                digests[name] = reader.submit(_settle, writing / name)
+                written(name)
             imported.result()
-            metadata = pickle.dumps(_metadata(tensors, places))
-            small = {"metadata.json": json.dumps(BACKEND).encode(), ".metadata": metadata}
+            small = {
+                "metadata.json": json.dumps(BACKEND).encode(),
+                ".metadata": pickle.dumps(_metadata(tensors, places)),
+            }
             small |= {name: text.encode("utf-8") for name, text in documents.items()}
             for name, data in small.items():
                 (writing / name).write_bytes(data)
             torch.save({}, writing / "common.pt")
-            digests |= {name: reader.submit(_settle, writing / name) for name in ("common.pt", *small)}
+            for name in ("common.pt", *small):
+                written(name)
+            for each in syncing:
+                each.result()
         verify.write_manifest(writing, {name: digest.result() for name, digest in digests.items()}, STEP)
         return names.publish(directory, STEP, CheckpointConfig(keep=0))
     except OSError as error:
@@ -127,10 +137,3 @@ def _write_file(path: Path, tensors: Sequence[Planned], progress: Callable[[int]
     finally:
         torch.serialization.set_crc32_options(checksums)
     return places
-
-
-def _settle(path: Path) -> dict[str, Any]:
-    """Wait until a file is on the disk, and hash what can be read of it."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return verify.digest(path)

@@ -33,7 +33,7 @@ class Prompt:
 
 
 @dataclass
-class _Open:
+class Running:
     """A prompt whose answers are being written. `open`: questions without an end yet."""
 
     prompt: Prompt
@@ -42,7 +42,16 @@ class _Open:
     features: torch.Tensor | None = None
     """(placeholders, hidden), once the prompt is running."""
 
+    def ids(self, question: int) -> list[int]:
+        """Prefix, question and answer so far."""
+        return [*self.prompt.prefix, *self.prompt.questions[question], *self.answers[question]]
+
+    def position(self, question: int) -> int:
+        """Of the answer's last token."""
+        return len(self.prompt.prefix) + len(self.prompt.questions[question]) + len(self.answers[question]) - 1
+
     def tokens(self) -> int:
+        """That a row needs."""
         return len(self.prompt.prefix) + sum(len(self.prompt.questions[q]) + len(self.answers[q]) for q in self.open)
 
 
@@ -63,19 +72,21 @@ def generate(
     progress:   told the number of prompts just finished.
     """
     answers: list[list[list[int]]] = [[[] for _ in prompt.questions] for prompt in prompts]
-    waiting = [_Open(prompt, said, list(range(len(said)))) for prompt, said in zip(prompts, answers, strict=True)][::-1]
-    running: list[_Open] = []
+    waiting = [Running(prompt, said, list(range(len(said)))) for prompt, said in zip(prompts, answers, strict=True)][
+        ::-1
+    ]
+    running: list[Running] = []
     model.eval()
     with torch.no_grad():
         while waiting or running:
             used = sum(item.tokens() for item in running)
-            fresh: list[_Open] = []
+            fresh: list[Running] = []
             while waiting and (not running and not fresh or used + waiting[-1].tokens() <= row_tokens):
                 fresh.append(waiting.pop())
                 used += fresh[-1].tokens()
-            _encode(model, fresh, tokenizer, device)
+            encode(model, fresh, tokenizer, device)
             running += fresh
-            batch, ends = _row(running, tokenizer)
+            batch, ends = row(running, tokenizer)
             images = torch.cat([item.features for item in running if item.features is not None])
             logits = model(batch.to(device), logits_at=torch.tensor(ends, device=device), images=images)
             following = iter(logits.argmax(dim=-1).tolist())
@@ -92,17 +103,17 @@ def generate(
     return answers
 
 
-def _encode(model: torch.nn.Module, items: Sequence[_Open], tokenizer: Tokenizer, device: torch.device | str) -> None:
+def encode(model: torch.nn.Module, items: Sequence[Running], tokenizer: Tokenizer, device: torch.device | str) -> None:
     """Give each item its features; all items of a round go through the tower together."""
     if not items:
         return
-    batch, _ = _row(items, tokenizer, pixels=True)
+    batch, _ = row(items, tokenizer, pixels=True)
     placeholders = [list(item.prompt.prefix).count(tokenizer.im_patch) for item in items]
     for item, features in zip(items, model.encode(batch.to(device)).split(placeholders), strict=True):
         item.features = features
 
 
-def _row(items: Sequence[_Open], tokenizer: Tokenizer, *, pixels: bool = False) -> tuple[Batch, list[int]]:
+def row(items: Sequence[Running], tokenizer: Tokenizer, *, pixels: bool = False) -> tuple[Batch, list[int]]:
     """One row of all items, with or without their crops, and the places of the last token of every open answer."""
     tokens: list[int] = []
     positions: list[int] = []

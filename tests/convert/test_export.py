@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_vlm.checkpoint import verify
 from megatron_vlm.data.tokens import Tokenizer
 from tests.convert import world
 from tests.torchvision import declare_operators
@@ -96,6 +98,53 @@ def test_a_video_goes_through_the_processor_as_ours_does(exported):
     assert torch.equal(inputs["video_token_pooling"], torch.from_numpy(mine.windows))
     torch.testing.assert_close(inputs["pixel_values_videos"], torch.from_numpy(mine.crops).float() / 127.5 - 1)
     same_answer(exported, inputs, mine)
+
+
+def with_settings(checkpoint: Path, out: Path, **data: Any) -> Path:
+    """A copy of a checkpoint whose run had other settings of `data`."""
+    copy = shutil.copytree(checkpoint, out / checkpoint.name)
+    fields = json.loads((copy / "config.json").read_text())
+    fields["data"].update(data)
+    (copy / "config.json").write_text(json.dumps(fields))
+    verify.write_manifest(copy, {name: verify.digest(copy / name) for name in verify.files(copy)}, 0)
+    return copy
+
+
+def test_the_card_says_how_to_show_only_the_whole_image(exported, tmp_path):
+    """The card's own code, run: data.image_crops=0 has no setting in transformers' processor."""
+    declare_operators()
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from megatron_vlm.convert import exporting
+
+    checkpoint = with_settings(exported[0], tmp_path, image_crops=0)
+    exporting.send(checkpoint, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "Only the whole image" not in (exported[1] / "README.md").read_text()
+    code = text.split("## Only the whole image")[1].split("```python")[1].split("```")[0]
+    pixels = np.random.default_rng(3).integers(0, 256, (230, 100, 3), dtype=np.uint8)
+    content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": QUESTION}]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    before = len(inputs["input_ids"][0])
+    exec(code, {"inputs": inputs, "model": AutoModelForImageTextToText.from_pretrained(tmp_path / "out")})
+    mine = world.prompt(world.ARCH, world.tokenizer(), QUESTION, pixels=[pixels], most_crops=0)
+    assert len(inputs["input_ids"][0]) < before and torch.equal(
+        inputs["image_token_pooling"], torch.from_numpy(mine.windows)
+    )
+    same_answer((checkpoint, tmp_path / "out"), inputs, mine)
+
+
+def test_videos_get_the_frames_that_training_gave_them(exported, tmp_path):
+    from megatron_vlm.convert import exporting
+
+    checkpoint = with_settings(exported[0], tmp_path, max_frames=5, frames_per_second=1.0)
+    exporting.send(checkpoint, tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "video_preprocessor_config.json").read_text())
+    assert (fields["num_frames"], fields["max_fps"]) == (5, 1)
 
 
 def test_chat_template_writes_turns_as_training_does(exported):

@@ -163,6 +163,30 @@ def test_verify_finds_a_changed_theta(copy, checkpoint):
     assert world.apart(copy, checkpoint) > 1e-3
 
 
+def test_verify_finds_bf16_exported_as_fp16(source, tmp_path):
+    from megatron_vlm.convert import exporting
+
+    checkpoint = world.bring(source, tmp_path / "checkpoint", precision="bf16")
+    exporting.send(checkpoint, tmp_path / "out")
+    assert world.differences(tmp_path / "out", checkpoint) == []
+    change(tmp_path / "out", **{key: value.half() for key, value in world.tensors(tmp_path / "out").items()})
+    found = world.differences(tmp_path / "out", checkpoint)
+    line = "language.decoder.final_layernorm.weight: dtype torch.float16 / torch.bfloat16"
+    assert line in found and sum("dtype" in each for each in found) == 60
+
+
+def test_code_that_comes_with_a_model_is_never_run(copy, tmp_path):
+    """Neither by the conversion nor by transformers under `verify --logits`."""
+    mark = tmp_path / "ran"
+    (copy / "remote.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
+    fields = json.loads((copy / "config.json").read_text())
+    fields["auto_map"] = {"AutoConfig": "remote.Config", "AutoModelForImageTextToText": "remote.Model"}
+    (copy / "config.json").write_text(json.dumps(fields))
+    checkpoint = world.bring(copy, tmp_path / "checkpoint")
+    assert world.apart(copy, checkpoint) < 1e-4
+    assert not mark.exists()
+
+
 def test_verify_names_what_only_one_side_has(copy, source):
     change(copy, **{NORM: None, "model.extra": torch.zeros(1)})
     found = world.differences(copy, source)
@@ -194,12 +218,12 @@ def test_logits_find_what_the_table_has_wrong(source, tmp_path, monkeypatch, nam
 
 
 def test_disk_full_while_importing_leaves_nothing(source, tmp_path, monkeypatch):
-    from megatron_vlm.convert import writing
+    from megatron_vlm.convert import hf
 
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing.os, "fsync", full)
+    monkeypatch.setattr(hf.os, "fsync", full)
     with pytest.raises(RuntimeError, match="No space left on device.*Is the disk full"):
         world.bring(source, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))

@@ -111,6 +111,36 @@ def test_language_model_and_vision_tower(tmp_path, preset):
     assert world.differences(importing.bring(*again, tmp_path / "again"), checkpoint) == []
 
 
+@pytest.mark.parametrize("preset", ["like_8b", "like_4b", "qwen2.5_like"])
+def test_parts_load_as_plain_models(tmp_path, preset):
+    """In transformers, as Qwen and SigLIP or CLIP, with nothing missing, and computing what they came from computed."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    from megatron_vlm.convert import exporting, importing
+
+    arch = world.PRESETS[preset]
+    text, tower = world.qwen(arch), world.tower(arch)
+    folders = [world.folder(text, tmp_path / "language"), world.folder(tower, tmp_path / "vision")]
+    checkpoint = importing.bring(*importing.parts(*folders), tmp_path / "checkpoint")
+    for part in ("language", "vision"):
+        exporting.send(checkpoint, tmp_path / f"out-{part}", part)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out-language", output_loading_info=True)
+    assert type(loaded) is type(text) and not any(report.values()), report
+    ids = torch.arange(40)[None] * 7 % arch.language.vocab_size
+    seen, report = AutoModel.from_pretrained(tmp_path / "out-vision", output_loading_info=True)
+    assert type(seen) is type(tower) and not any(report.values()), report
+    # The source's crops have pixels beyond the last whole patch, which nobody sees.
+    side, wide = arch.vision.image_size, tower.config.image_size
+    crop = torch.randn(1, 3, wide, wide, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, text(ids).logits)
+        found = seen(crop[..., :side, :side], output_hidden_states=True).hidden_states
+        expected = tower(crop, output_hidden_states=True).hidden_states
+    deepest = max(arch.connector.taps) + 1
+    assert len(found) == deepest + 1
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected[: deepest + 1], strict=True))
+
+
 def test_bf16_stays_bf16_and_float32_loses_nothing(tmp_path):
     from megatron_vlm.convert import exporting
 

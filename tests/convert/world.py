@@ -19,7 +19,7 @@ from megatron_vlm.config.geometry import Layout, VideoLayout, frame_layout, imag
 from megatron_vlm.data import crops, tokens
 from megatron_vlm.data.tokens import Tokenizer
 from megatron_vlm.data.tree import prefix_tokens
-from tests.model import tiny
+from tests.model import reference, tiny
 from tests.torchvision import declare_operators
 
 #: Room for a byte-level tokenizer.
@@ -41,41 +41,11 @@ PRESETS = {"like_8b": ARCH, "like_4b": TIED, "qwen2.5_like": CLIP}
 
 def molmo2(arch: Architecture, seed: int = 0) -> Any:
     """transformers' Molmo2 of an architecture, float32, weights large enough for every term to count."""
-    declare_operators()
-    from transformers import Molmo2Config, Molmo2ForConditionalGeneration
-
-    tower, connector, text = arch.vision, arch.connector, arch.language
-    ids = {
-        "image_start_token_id": 0, "image_end_token_id": 1, "image_patch_id": 2,
-        "low_res_image_start_token_id": 4, "frame_start_token_id": 7, "frame_end_token_id": 8,
-    }  # fmt: skip
-    config = Molmo2Config(
-        text_config={
-            "hidden_size": text.hidden, "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads, "head_dim": text.head_dim, "intermediate_size": text.mlp,
-            "vocab_size": text.vocab_size, "additional_vocab_size": text.new_rows, "rms_norm_eps": text.norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
-            "max_position_embeddings": text.max_positions,
-        },
-        vision_config={
-            "hidden_size": tower.width, "intermediate_size": tower.mlp, "num_hidden_layers": max(connector.taps) + 1,
-            "num_attention_heads": tower.heads, "num_key_value_heads": tower.heads,
-            "head_dim": tower.width // tower.heads, "image_size": [tower.image_size] * 2,
-            "patch_size": tower.patch_size,
-        },
-        adapter_config={
-            "vision_feature_layer": list(connector.taps), "hidden_size": connector.width,
-            "num_attention_heads": connector.heads, "num_key_value_heads": connector.heads,
-            "head_dim": connector.width // connector.heads, "intermediate_size": connector.mlp,
-            "text_hidden_size": text.hidden,
-        },
-        **{name: text.vocab_size + row for name, row in ids.items()},
-    )  # fmt: skip
-    model = randomize(Molmo2ForConditionalGeneration(config), seed)
-    if text.tied_head:
+    model = reference.molmo2(arch, lambda model: randomize(model, seed))
+    if arch.language.tied_head:
         with torch.no_grad():
-            model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[: text.vocab_size])
-    return model.eval()
+            model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[: arch.language.vocab_size])
+    return model
 
 
 def randomize(model: Any, seed: int = 0) -> Any:
@@ -187,12 +157,12 @@ def differences(one: Path, other: Path) -> list[str]:
     return list(compare.tensors(compare.Side.open(one), compare.Side.open(other)))
 
 
-def apart(one: Path, other: Path) -> float:
+def apart(one: Path, other: Path, batch: str | Path = "") -> float:
     """What `verify --logits` prints: the largest difference of a logit."""
     from megatron_vlm.convert import answers, compare
 
     with answers.alone():
-        return compare.logits(compare.Side.open(one), compare.Side.open(other)).logits
+        return compare.logits(compare.Side.open(one), compare.Side.open(other), batch).logits
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

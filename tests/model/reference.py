@@ -1,9 +1,13 @@
-"""Weights of transformers' towers, connectors and Molmo2 in our modules: a conversion, written again for tests."""
+"""transformers' towers, connectors and Molmo2 with random weights, and those weights in our modules.
+
+By hand and not by the table of convert/: what the model's tests find is then an error of the model, and an error of
+the table shows in tests/convert, where both meet. Layer by layer in forward order, so it is read beside the modules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -101,39 +105,41 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> None:
                 parameter.add_(1)
 
 
-def molmo2(arch: Architecture):
-    """transformers' Molmo2 of this architecture, with random weights."""
-    from transformers import (
-        Molmo2AdapterConfig,
-        Molmo2Config,
-        Molmo2ForConditionalGeneration,
-        Molmo2TextConfig,
-        Molmo2VisionConfig,
-    )
+def molmo2(arch: Architecture, fill: Callable[[torch.nn.Module], None] = randomize) -> Any:
+    """transformers' Molmo2 of this architecture, float32, with random weights."""
+    from transformers import Molmo2Config, Molmo2ForConditionalGeneration
 
     vision, connector, language = arch.vision, arch.connector, arch.language
+    ids = {
+        "image_start_token_id": "<im_start>", "image_end_token_id": "<im_end>", "image_patch_id": "<im_patch>",
+        "low_res_image_start_token_id": "<low_res_im_start>", "frame_start_token_id": "<frame_start>",
+        "frame_end_token_id": "<frame_end>",
+    }  # fmt: skip
     config = Molmo2Config(
-        vision_config=Molmo2VisionConfig(
-            hidden_size=vision.width, intermediate_size=vision.mlp, num_hidden_layers=vision.layers,
-            num_attention_heads=vision.heads, num_key_value_heads=vision.heads, head_dim=vision.width // vision.heads,
-            image_size=[vision.image_size] * 2, patch_size=vision.patch_size,
-        ),
-        adapter_config=Molmo2AdapterConfig(
-            vision_feature_layer=list(connector.taps), hidden_size=connector.width,
-            num_attention_heads=connector.heads, num_key_value_heads=connector.heads,
-            head_dim=connector.width // connector.heads, intermediate_size=connector.mlp,
-            text_hidden_size=language.hidden,
-        ),
-        text_config=Molmo2TextConfig(
-            hidden_size=language.hidden, num_attention_heads=language.heads, num_key_value_heads=language.kv_heads,
-            head_dim=language.head_dim, vocab_size=language.vocab_size, additional_vocab_size=language.new_rows,
-            num_hidden_layers=language.layers, intermediate_size=language.mlp, rms_norm_eps=language.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
-        ),
-        image_patch_id=arch.token_id("<im_patch>"),
+        vision_config={
+            "hidden_size": vision.width, "intermediate_size": vision.mlp, "num_hidden_layers": max(connector.taps) + 1,
+            "num_attention_heads": vision.heads, "num_key_value_heads": vision.heads,
+            "head_dim": vision.width // vision.heads, "image_size": [vision.image_size] * 2,
+            "patch_size": vision.patch_size,
+        },
+        adapter_config={
+            "vision_feature_layer": list(connector.taps), "hidden_size": connector.width,
+            "num_attention_heads": connector.heads, "num_key_value_heads": connector.heads,
+            "head_dim": connector.width // connector.heads, "intermediate_size": connector.mlp,
+            "text_hidden_size": language.hidden,
+        },
+        text_config={
+            "hidden_size": language.hidden, "num_attention_heads": language.heads,
+            "num_key_value_heads": language.kv_heads, "head_dim": language.head_dim,
+            "vocab_size": language.vocab_size, "additional_vocab_size": language.new_rows,
+            "num_hidden_layers": language.layers, "intermediate_size": language.mlp, "rms_norm_eps": language.norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+            "max_position_embeddings": language.max_positions,
+        },
+        **{field: arch.token_id(name) for field, name in ids.items()},
     )  # fmt: skip
     model = Molmo2ForConditionalGeneration(config).eval()
-    randomize(model)
+    fill(model)
     return model
 
 
