@@ -96,8 +96,8 @@ def _ended(answer: list[int], most: int, stop: Sequence[str], tokenizer: Tokeniz
         return True
     if not stop:
         return False
-    # A stop string of n characters ends within the last n tokens and the few bytes that a character may be split into.
-    text = tokenizer.decode(answer[-(max(map(len, stop)) + 4) :])
+    # A character has up to four bytes, and a token at least one.
+    text = tokenizer.decode(answer[-4 * max(map(len, stop)) :])
     return any(string in text for string in stop)
 
 
