@@ -42,7 +42,9 @@ def prompts() -> list[Prompt]:
     ]
 
 
-@pytest.mark.parametrize("row_tokens", [1, 10_000], ids=["one by one", "together"])
+@pytest.mark.parametrize(
+    "row_tokens", [pytest.param(1, marks=pytest.mark.slow), 10_000], ids=["one by one", "together"]
+)
 def test_cached_answers_are_the_uncached(model, row_tokens):
     from megatron_vlm.evaluate.decode import decode
 
