@@ -36,8 +36,8 @@ from megatron_vlm.parallel.split import even_counts, offsets
 
 #: A colour for each sample of the row, in turn: readable under dark text, apart from each other side by side.
 COLORS = ("#4c9be8", "#f2a541", "#6cc08b", "#c78bdb", "#e8746a", "#58c4c4", "#b7a24b", "#9aa4b2")
-#: Pixels: width of the band, height of a lane, side of the mask, side of a crop on the page.
-BAND, LANE, MASK, CROP = 1200, 34, 720, 96
+#: Pixels: width of the band and of the names before it, height of a lane, side of the mask, side of a crop on the page.
+BAND, NAMES, LANE, MASK, CROP = 1110, 80, 34, 600, 96
 #: Crops that the page shows of a sample.
 SHOWN_CROPS = 24
 LANES = ("sample", "images", "branch", "position", "loss weight")
@@ -51,7 +51,7 @@ STYLE = (
     ".text b{font-weight:normal;background:#cfe3f7;border-radius:3px;padding:0 3px;color:#234}"
     ".text i{font-style:normal;border-bottom:3px solid #e2a100;background:#fff4d6}.note{color:#667}"
     ".key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin-right:.5em}"
-    ".text span:hover,.text i:hover{outline:1px solid #333}.two{display:flex;gap:2em;flex-wrap:wrap}"
+    ".text span:hover,.text i:hover{outline:1px solid #333}.two{display:flex;gap:2em}.two>:first-child{flex:0 0 600px}"
 )
 
 
@@ -129,26 +129,27 @@ class Page:
         self.mask = self._mask()
 
     def _band(self) -> Image.Image:
-        """The row from left to right, a lane for each of LANES; white lines between context-parallel ranks."""
+        """The row from left to right, a lane for each of LANES; red lines between context-parallel ranks."""
         length = len(self._row["tokens"])
         at = np.minimum(np.arange(BAND) * length // BAND, length - 1)
-        image = Image.new("RGB", (BAND, LANE * len(LANES)), "white")
+        image = Image.new("RGB", (NAMES + BAND, LANE * len(LANES)), "white")
         pen = ImageDraw.Draw(image)
         row = {name: values[at] for name, values in self._row.items()}
         longest = max(1, int(self._row["positions"].max()))
         heaviest = max(1e-9, float(self._row["loss_weights"].max()))
-        for x in range(BAND):
-            if row["examples"][x] == PAD:
+        for place in range(BAND):
+            x = NAMES + place
+            if row["examples"][place] == PAD:
                 pen.line((x, 0, x, image.height), fill="#eceef1")
                 continue
-            color = COLORS[row["examples"][x] % len(COLORS)]
-            branch = row["branches"][x]
+            color = COLORS[row["examples"][place] % len(COLORS)]
+            branch = row["branches"][place]
             lanes = (
                 1.0,
-                1.0 if row["is_vision"][x] else 0.0,
+                1.0 if row["is_vision"][place] else 0.0,
                 0.0 if branch == PREFIX_BRANCH else 0.35 + 0.6 * ((branch + 1) % 2),
-                row["positions"][x] / longest,
-                row["loss_weights"][x] / heaviest,
+                row["positions"][place] / longest,
+                row["loss_weights"][place] / heaviest,
             )
             for lane, height in enumerate(lanes):
                 bottom = (lane + 1) * LANE - 3
@@ -156,12 +157,10 @@ class Page:
                     top = bottom - max(2, int(height * (LANE - 6)))
                     pen.line((x, top, x, bottom), fill="#e2a100" if lane == 4 else color)
         for cut in self._chunks[1:-1]:
-            x = cut * BAND // length
+            x = NAMES + cut * BAND // length
             pen.line((x, 0, x, image.height), fill="#d00000", width=2)
         for lane, name in enumerate(LANES):
-            width = pen.textlength(name)
-            pen.rectangle((2, lane * LANE + 2, 8 + width, lane * LANE + 15), fill="white")
-            pen.text((5, lane * LANE + 3), name, fill="#333")
+            pen.text((0, lane * LANE + LANE - 18), name, fill="#333")
         return image
 
     def _mask(self) -> Image.Image:
