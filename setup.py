@@ -46,6 +46,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7"],
         "test": [
             "transformers>=5.20,<6",
+            "wids>=0.1.11",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",  # two files of tests at a time

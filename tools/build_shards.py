@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from megatron_vlm.data import bundle, formats, mixture
+from megatron_vlm.data import bundle, export, formats, mixture
 from megatron_vlm.data.example import Media
 from megatron_vlm.data.image import decode
 from megatron_vlm.data.repair import QUARANTINE, repair
@@ -134,12 +134,11 @@ def import_tars(options: argparse.Namespace) -> None:
 
 
 def export_tars(options: argparse.Namespace) -> None:
-    """Self-contained tars of every data set and split."""
+    """Self-contained tars, a folder for each data set."""
     shards = Shards(options.directory)
     for dataset in options.datasets or shards.datasets:
-        for split in shards.splits(dataset):
-            for path in bundle.write(shards, dataset, split, options.out, shard_bytes=options.shard_mb * 2**20):
-                print(path)
+        for path in export.write(shards, dataset, options.out, shard_bytes=options.shard_mb * 2**20):
+            print(path)
 
 
 def repair_shards(options: argparse.Namespace) -> None:
@@ -273,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_splits(tars)
     _add_output(tars)
     tars.set_defaults(command=import_tars)
-    out = commands.add_parser("export", help="shards -> self-contained WebDataset tars")
+    out = commands.add_parser(
+        "export", help="shards -> self-contained WebDataset tars", description=export.__doc__, formatter_class=raw
+    )
     out.add_argument("directory", type=Path, help="directory with a manifest.json")
     out.add_argument("--datasets", nargs="+", metavar="NAME", help="only these")
     _add_output(out, overwrite=False)

@@ -21,7 +21,7 @@ from megatron_vlm.config.geometry import (
     image_geometry,
     image_layout,
 )
-from megatron_vlm.data import crops
+from megatron_vlm.data import crops, resize
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _word(arch: Architecture, random: np.random.Generator) -> int:
 def _picture(height: int, width: int, random: np.random.Generator) -> np.ndarray:
     """Large blobs of colour, so that neighbouring patches are alike and far ones are not."""
     blobs = random.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return crops.resize(blobs, height, width)
+    return resize.resize(blobs, height, width)
 
 
 def _image_tokens(arch: Architecture, layout: ImageLayout) -> list[int]:

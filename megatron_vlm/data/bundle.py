@@ -1,7 +1,7 @@
-"""Self-contained shards: a sample is `key.json` with its media `key.0.jpg`, `key.1.jpg` beside it, in plain tars.
+"""Self-contained tars, read sample by sample: those of export.py, equal to what was written, and others.
 
-Written for other programs (plain `webdataset` opens them), read back equal. Shards made elsewhere are read too: an
-image with a caption (`key.jpg`, `key.txt`), or with a JSON object in one of the forms of formats.py.
+Of WebDataset shards made elsewhere a sample is an image or a video with a caption (`key.jpg`, `key.txt`), or with a
+JSON object in one of the forms of formats.py. Further members are left alone, but for pickles: those are refused.
 """
 
 from __future__ import annotations
@@ -16,44 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.data import formats
-from megatron_vlm.data.example import KEY, Branch, Example, Media, Turn, from_json, to_json
+from megatron_vlm.data.example import KEY, Branch, Example, Media, Turn, from_json
 from megatron_vlm.data.image import EXTENSIONS
-from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tar import Member, add_member, end_tar, index_tar, write_offsets
 
 CAPTIONS = ("txt", "caption", "cap", "text")
 IMAGES = frozenset((*EXTENSIONS.values(), "jpeg", "tiff"))
 VIDEOS = frozenset(("mp4", "webm", "mkv", "mov", "avi"))
-
-
-def write(shards: Shards, dataset: str, split: str, out: Path, *, shard_bytes: int = 1 << 30) -> list[Path]:
-    """Write a split as self-contained tars `out/DATASET.SPLIT.000000.tar`, with `.idx` beside them; returns them."""
-    out.mkdir(parents=True, exist_ok=True)
-    extensions = {
-        member.key: member.extension
-        for name in shards.manifest["media"]["shards"]
-        for member in index_tar(shards.directory / name)
-    }
-    written: list[Path] = []
-    samples = iter(range(shards.count(dataset, split)))
-    index = next(samples, None)
-    while index is not None:
-        path = out / f"{dataset}.{split}.{len(written):06d}.tar"
-        partial = path.with_name(f"{path.name}.partial")
-        members: list[Member] = []
-        with partial.open("wb") as tar:
-            while index is not None and tar.tell() < shard_bytes:
-                example = shards.example(dataset, split, index)
-                members.append(add_member(tar, f"{example.key}.json", to_json(example).encode()))
-                for number, media in enumerate(example.media):
-                    name = f"{example.key}.{number}.{extensions[media.key]}"
-                    members.append(add_member(tar, name, shards.media(media.key)))
-                index = next(samples, None)
-            end = end_tar(tar)
-        write_offsets(path.with_name(f"{path.name}.idx"), members, end)
-        partial.replace(path)
-        written.append(path)
-    return written
+#: What other readers unpickle, so that it may run anything. Never read here; a sample that has one is refused, because
+#: it is made for such a reader and may be incomplete without it.
+PICKLES = frozenset(("pyd", "pkl", "pickle", "pth", "pt"))
 
 
 def read(
@@ -77,12 +48,14 @@ def read(
             yield name, _example(sample, used, add_image, add_video)
         except ValueError as error:
             yield name, error
+        except RecursionError:
+            yield name, ValueError("its JSON is nested too deeply.")
 
 
 def _whole(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     try:
         yield from stream
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:  # ValueError: a name twice in one sample
         raise ValueError(f"a tar cannot be read to its end: {error}") from error
 
 
@@ -92,6 +65,9 @@ def _example(
     add_image: Callable[[bytes], Media],
     add_video: Callable[[bytes], Media],
 ) -> Example:
+    for name in sample:
+        if name.rpartition(".")[2] in PICKLES:
+            raise ValueError(f"its member .{name} is a pickle, which can run code when it is read: refused.")
     media = tuple(
         add_video(data) if kind in VIDEOS else add_image(data)
         for name, data in sorted(sample.items(), key=_number)
@@ -119,7 +95,7 @@ def _example(
 
 
 def _own(text: str, media: tuple[Media, ...]) -> Example:
-    """A sample that `write` wrote. Raises ValueError where the files are not those that it names."""
+    """A sample that export.write wrote. Raises ValueError where the files are not those that it names."""
     try:
         example = from_json(text)
     except (KeyError, TypeError, IndexError) as error:

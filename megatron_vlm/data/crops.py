@@ -6,15 +6,14 @@ A frame of a video is one crop. Bytes equal those of transformers' Molmo2 image 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 from megatron_vlm.batch import PAD
 from megatron_vlm.config.geometry import ImageGeometry, ImageLayout, Layout, VideoLayout, frame_layout
+from megatron_vlm.data.resize import strips
 
 
 def cut(
@@ -25,43 +24,37 @@ def cut(
     pixels: (h, w, 3) uint8. Patches in raster order, values of a patch by (row, column, channel).
     """
     stop = layout.crops if stop is None else stop
-    side, step = geometry.crop_pixels, geometry.window * geometry.patch_size
-    crops = np.empty((stop - start, geometry.patches, 3 * geometry.patch_size**2), dtype=np.uint8)
-    if layout.tiling == (1, 1) and start < stop:
-        # The canvas is one crop: the same pixels as the global one.
-        _patch(resize(pixels, side, side), geometry, crops[0])
-        crops[1:] = crops[:1]
-        return crops
-    if start == 0 < stop:
-        _patch(resize(pixels, side, side), geometry, crops[0])
-    if stop > 1:
-        canvas = resize(pixels, layout.canvas[0] * geometry.patch_size, layout.canvas[1] * geometry.patch_size)
-        for crop in range(max(start, 1), stop):
-            row, column = divmod(crop - 1, layout.tiling[1])
-            top, left = row * step, column * step
-            _patch(canvas[top : top + side, left : left + side], geometry, crops[crop - start])
-    return crops
-
-
-def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(h, w, 3) uint8 -> (height, width, 3) uint8: bilinear without antialiasing, in float32, rounded half to even.
-
-    torch's own uint8 kernel is 3 times faster, but its fixed-point weights differ in the last bit of a fifth of the
-    pixels.
-    """
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    # Channels stay last in memory: the same numbers as the planar kernel in two thirds of the time.
-    image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None].float()
-    resized = interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=False)
-    # An average of bytes cannot leave 0 to 255 by more than rounding takes back: no clamp.
-    return resized.round_().to(torch.uint8)[0].permute(1, 2, 0).numpy()
-
-
-def _patch(crop: np.ndarray, geometry: ImageGeometry, out: np.ndarray) -> None:
-    """(side, side, 3) pixels into out (p, d)."""
     grid, patch = geometry.grid, geometry.patch_size
-    out.reshape(grid, grid, patch, patch, 3)[:] = crop.reshape(grid, patch, grid, patch, 3).transpose(0, 2, 1, 3, 4)
+    crops = np.empty((stop - start, grid, grid, 3 * patch**2), dtype=np.uint8)
+    side = geometry.crop_pixels
+    if start < stop and (start == 0 or layout.tiling == (1, 1)):
+        for row, patches in enumerate(_patch_rows(pixels, side, side, patch, range(grid))):
+            crops[0, row] = patches
+    if layout.tiling == (1, 1):
+        # The canvas is one crop: the same pixels as the global one.
+        crops[1:] = crops[:1]
+    elif stop > max(start, 1):
+        _tile(pixels, layout, geometry, max(start, 1), crops[max(start, 1) - start :])
+    return crops.reshape(len(crops), geometry.patches, 3 * patch**2)
+
+
+def _tile(pixels: np.ndarray, layout: ImageLayout, geometry: ImageGeometry, first: int, crops: np.ndarray) -> None:
+    """Fill crops (k, grid, grid, d) with the high-resolution ones from `first` on, canvas row by canvas row."""
+    grid, window, columns = geometry.grid, geometry.window, layout.tiling[1]
+    places = [divmod(first - 1 + number, columns) for number in range(len(crops))]
+    rows = range(places[0][0] * window, places[-1][0] * window + grid)
+    height, width = (patches * geometry.patch_size for patches in layout.canvas)
+    for row, patches in zip(rows, _patch_rows(pixels, height, width, geometry.patch_size, rows), strict=True):
+        for crop, (down, across) in zip(crops, places, strict=True):
+            if 0 <= row - down * window < grid:
+                crop[row - down * window] = patches[across * window : across * window + grid]
+
+
+def _patch_rows(pixels: np.ndarray, height: int, width: int, patch: int, rows: range) -> Iterator[np.ndarray]:
+    """Rows of patches, each (width / patch, d) uint8, of the image resized to height x width pixels."""
+    wanted = [range(row * patch, (row + 1) * patch) for row in rows]
+    for strip in strips(pixels, height, width, wanted):
+        yield strip.reshape(patch, -1, 3 * patch).transpose(1, 0, 2).reshape(-1, 3 * patch**2)
 
 
 @lru_cache(maxsize=512)

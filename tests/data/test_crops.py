@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config.geometry import ImageGeometry, VideoLayout, frame_layout, image_layout
-from megatron_vlm.data.crops import cut, resize, row_windows, video_windows, windows
+from megatron_vlm.data.crops import cut, row_windows, video_windows, windows
 from tests.data.oracle import processed, video_processed
 
 MOLMO2 = ImageGeometry(grid=27, patch_size=14, pool=2, queries=0, max_crops=8)
@@ -118,9 +118,3 @@ def test_resampler_windows_are_whole_crops():
     assert table.shape == (layout.crops, 64)
     assert np.array_equal(table.ravel(), np.arange(layout.crops * 64))
     assert layout.placeholders == 5 * layout.crops
-
-
-def test_resize_keeps_a_picture_of_the_wanted_size():
-    pixels = picture(20, 10)
-    assert np.array_equal(resize(pixels, 10, 20), pixels)
-    assert resize(pixels[::-1], 5, 7).shape == (5, 7, 3)

@@ -1,0 +1,84 @@
+"""Pictures to another size: bilinear without antialiasing, in float32, rounded half to even, strip by strip.
+
+The numbers are those of torch's `interpolate`, bit for bit: the same weights, products and sums in the same order. Its
+kernel goes pixel by pixel where there are three channels; here the same steps are made on vectors of whole rows, in
+strips that stay in the cache, which takes a fifth of the time. torch's own kernel for bytes is fast too, but its
+fixed-point weights differ in the last bit of a fifth of the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+#: Rows that are made at a time where the caller does not say.
+STRIP = 16
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(h, w, 3) uint8 -> (height, width, 3) uint8."""
+    wanted = [range(start, min(start + STRIP, height)) for start in range(0, height, STRIP)]
+    return np.concatenate([strip.copy() for strip in strips(pixels, height, width, wanted)])
+
+
+def strips(pixels: np.ndarray, height: int, width: int, wanted: Iterable[range]) -> Iterator[np.ndarray]:
+    """Rows `wanted`, range by range, of `pixels` (h, w, 3) uint8 resized to `height` x `width`: (rows, width, 3) uint8.
+
+    Each strip is overwritten when the next one is asked for.
+    """
+    wanted = list(wanted)
+    if pixels.shape[:2] == (height, width):
+        yield from (pixels[rows.start : rows.stop] for rows in wanted)
+        return
+    if not wanted:
+        return
+    first, most = min(rows.start for rows in wanted), max(len(rows) for rows in wanted)
+    (upper, lower), (near_upper, near_lower) = _taps(pixels.shape[0], height, first, max(r.stop for r in wanted))
+    (left, right), (near_left, near_right) = _taps(pixels.shape[1], width, 0, width)
+    # Of a much larger picture most rows are not looked at.
+    rows_used, places = np.unique(np.concatenate([upper, lower]), return_inverse=True)
+    source = (pixels if len(rows_used) == len(pixels) else pixels[rows_used]).reshape(len(rows_used), -1)
+    at_left, at_right = _columns(source, left), _columns(source, right)
+    places_upper, places_lower = torch.from_numpy(places).split(len(upper))
+    above, below = (torch.from_numpy(near)[:, None] for near in (near_upper, near_lower))
+    before, after = (torch.from_numpy(np.repeat(near, 3)) for near in (near_left, near_right))
+    # torch adds the four neighbours in this order, each product in one rounding with the sum.
+    terms = (
+        (at_right, places_upper, above, after),
+        (at_left, places_upper, above, before),
+        (at_left, places_lower, below, before),
+        (at_right, places_lower, below, after),
+    )
+    sums, picked, weights = (torch.empty(most, 3 * width) for _ in range(3))
+    rounded = torch.empty(most, 3 * width, dtype=torch.uint8)
+    for rows in wanted:
+        count, place = len(rows), slice(rows.start - first, rows.stop - first)
+        for number, (columns, places_, down, across) in enumerate(terms):
+            torch.index_select(columns, 0, places_[place], out=picked[:count])
+            torch.mul(down[place], across, out=weights[:count])
+            if number:
+                sums[:count].addcmul_(picked[:count], weights[:count])
+            else:
+                torch.mul(picked[:count], weights[:count], out=sums[:count])
+        # An average of bytes cannot leave 0 to 255 by more than rounding takes back: no clamp.
+        rounded[:count].copy_(sums[:count].round_())
+        yield rounded[:count].numpy().reshape(count, width, 3)
+
+
+def _taps(size: int, wanted: int, start: int, stop: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Along one side: the two pixels that each pixel `start` to `stop` of `wanted` lies between, and their weights."""
+    # A product and a difference in one rounding, as the kernel computes them: exact in float64, then rounded.
+    scale = np.float64(np.float32(size) / np.float32(wanted))
+    place = np.maximum((scale * (np.arange(start, stop) + 0.5) - 0.5).astype(np.float32), np.float32(0))
+    before = np.minimum(place.astype(np.int64), size - 1)
+    after = np.minimum(before + 1, size - 1)
+    weight = np.clip(place - before.astype(np.float32), np.float32(0), np.float32(1))
+    return (before, after), (np.float32(1) - weight, weight)
+
+
+def _columns(source: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+    """(h, w * 3) uint8 -> (h, n * 3) float32: these pixels of each row."""
+    values = (3 * columns[:, None] + np.arange(3)).ravel()
+    return torch.from_numpy(np.take(source, values, axis=1, mode="clip")).float()  # clip: no check of each

@@ -1,0 +1,137 @@
+"""Exported tars: webdataset and wids open whole samples of them; Megatron-Energon does in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import wids
+import yaml
+
+from megatron_vlm.data import bundle, export
+from megatron_vlm.data.example import Branch, Example, Point, Points, Tracks, Turn, to_json
+from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.tar import read_offsets
+from megatron_vlm.data.writer import ShardWriter
+from tests.data.clips import clip, steady
+from tests.data.world import picture
+
+#: Keys that the readers would not find under their own name: too long for them, or taken for their own.
+LONG = "folder/" + "long_" * 30 + "key"
+HIDDEN = "__hidden__/key"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """Train: a caption, eleven images in one sample, places, a film with tracks, text, odd keys. Two splits more."""
+    folder = tmp_path_factory.mktemp("export") / "shards"
+    with ShardWriter(folder) as writer:
+        pictures = tuple(
+            writer.add_image(picture(np.random.default_rng(number), "PNG", (8, 6))) for number in range(11)
+        )
+        photo = writer.add_image(picture(np.random.default_rng(50), size=(64, 48)))
+        film = writer.add_video(clip(steady(10)))
+        track = Tracks("car", ((Point(0.0, 0.5, 0.5), Point(0.5, 0.6, 0.5)),))
+        for key, media, style, answer in (
+            ("a/one", (photo,), "long_caption", "One."),
+            ("a/many", pictures, "user_qa", "Many."),
+            ("b", pictures[:2], "multi_image_pointing", Points("cups", (Point(2, 0.25, 0.75),))),
+            ("film", (film,), "video_point_track_per_frame", track),
+            ("text", (), "text_sft", "Text."),
+            (LONG, (photo,), "long_caption", "Long."),
+            (HIDDEN, (photo,), "long_caption", "Hidden."),
+        ):
+            writer.add(Example(key, (Branch(style, (Turn("What?", answer),)),), media, {"id": key}), "mixed", "train")
+        for split in ("validation", "test"):
+            writer.add(Example("x", (Branch("long_caption", (Turn("", split),)),), (photo,)), "mixed", split)
+    return Shards(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(built: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the data set; train lies in several tars."""
+    out = tmp_path_factory.mktemp("exported")
+    tars = export.write(built, "mixed", out, shard_bytes=3_000)
+    folder = out / "mixed"
+    assert sorted(tars) == sorted(folder.glob("*.tar")) and len(tars) > 4
+    assert not list(out.glob("*partial*"))
+    return folder
+
+
+def examples(built: Shards, split: str = "train") -> dict[str, Example]:
+    """Samples of a split by their record."""
+    return {to_json(one): one for one in (built.example("mixed", split, n) for n in range(built.count("mixed", split)))}
+
+
+def check(built: Shards, sample: dict[str, bytes], example: Example) -> None:
+    """A sample as a reader gives it, {ending: bytes}: nothing is missing, nothing is too much, every byte is there."""
+    assert sample.pop("json") == to_json(example).encode()
+    assert {int(name.partition(".")[0]): data for name, data in sample.items()} == {
+        number: built.media(media.key) for number, media in enumerate(example.media)
+    }
+    assert {name.partition(".")[2] for name in sample} <= {"png", "jpg", "mp4"}
+
+
+def test_webdataset_opens_whole_samples(built: Shards, exported: Path) -> None:
+    left = examples(built)
+    tars = [str(path) for path in sorted(exported.glob("train-*.tar"))]
+    for sample in webdataset.WebDataset(tars, shardshuffle=False):
+        files = {name: data for name, data in sample.items() if not name.startswith("__")}
+        check(built, files, left.pop(files["json"].decode()))
+    assert not left
+
+
+def test_wids_opens_whole_samples_at_random(built: Shards, exported: Path) -> None:
+    left = examples(built)
+    # The tars lie where its cache looks for them, so that it copies none.
+    shards = wids.ShardListDataset(str(exported / "train.json"), cache_dir=str(exported), transformations=[])
+    assert len(shards) == len(left)
+    for index in reversed(range(len(shards))):
+        files = {name[1:]: data.read() for name, data in shards[index].items() if name.startswith(".")}
+        check(built, files, left.pop(files["json"].decode()))
+    assert not left
+    shards.close()
+
+
+def test_keys_that_readers_would_not_find_stand_in_the_json(built: Shards, exported: Path, tmp_path: Path) -> None:
+    tars = sorted(exported.glob("train-*.tar"))
+    keys = {sample["__key__"] for sample in webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False)}
+    assert {"a/one", "a/many", "b", "film", "text"} < keys and len(keys) == 7 and not {LONG, HIDDEN} & keys
+    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "given_up") as writer:
+        read = [sample for _, sample in bundle.read(tars, writer.add_image, writer.add_video)]
+        raise KeyboardInterrupt
+    assert {sample.key: sample for sample in read} == {one.key: one for one in examples(built).values()}
+
+
+def test_what_energon_reads_beside_the_tars(built: Shards, exported: Path) -> None:
+    counts = json.loads((exported / ".nv-meta/.info.json").read_text())["shard_counts"]
+    splits = yaml.safe_load((exported / ".nv-meta/split.yaml").read_text())["split_parts"]
+    assert set(splits) == {"train", "val", "test"} and sorted(counts) == sorted(sum(splits.values(), []))
+    assert {name: sum(counts[tar] for tar in tars) for name, tars in splits.items()} == {
+        "train": 7,
+        "val": 1,
+        "test": 1,
+    }
+    for tar, count in counts.items():
+        offsets = read_offsets(exported / f"{tar}.idx")
+        assert len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] < (exported / tar).stat().st_size
+
+
+def test_a_folder_in_the_way_is_kept(built: Shards, exported: Path) -> None:
+    before = sorted(path.name for path in exported.iterdir())
+    with pytest.raises(ValueError, match="exists already"):
+        export.write(built, "mixed", exported.parent)
+    assert sorted(path.name for path in exported.iterdir()) == before
+
+
+def test_an_export_that_fails_leaves_nothing(built: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_vlm.data.export.write_offsets", full)
+    with pytest.raises(OSError, match="No space"):
+        export.write(built, "mixed", tmp_path)
+    assert not list(tmp_path.iterdir())
