@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_vlm.batch import PAD
 from megatron_vlm.config.geometry import ImageGeometry, ImageLayout, Layout, VideoLayout, frame_layout
-from megatron_vlm.data.resize import strips
+from megatron_vlm.data.resize import cut_rows, strips
 
 
 def cut(
@@ -52,9 +52,11 @@ def _tile(pixels: np.ndarray, layout: ImageLayout, geometry: ImageGeometry, firs
 
 def _patch_rows(pixels: np.ndarray, height: int, width: int, patch: int, rows: range) -> Iterator[np.ndarray]:
     """Rows of patches, each (width / patch, d) uint8, of the image resized to height x width pixels."""
-    wanted = [range(row * patch, (row + 1) * patch) for row in rows]
+    wanted = cut_rows(range(rows.start * patch, rows.stop * patch), width, patch)
     for strip in strips(pixels, height, width, wanted):
-        yield strip.reshape(patch, -1, 3 * patch).transpose(1, 0, 2).reshape(-1, 3 * patch**2)
+        # (rows of patches, rows of pixels, columns of patches, values) -> patches with their pixels together
+        blocks = strip.reshape(-1, patch, width // patch, 3 * patch).transpose(0, 2, 1, 3)
+        yield from blocks.reshape(len(blocks), -1, 3 * patch**2)
 
 
 @lru_cache(maxsize=512)

@@ -50,9 +50,8 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
     with _opened(data, name) as image:
         header = _header(image, name)
         try:
-            if header.format == "JPEG" and image.mode in ("RGB", "L"):
-                pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
-            else:
+            pixels = _jpeg(data) if header.format == "JPEG" and image.mode in ("RGB", "L") else None
+            if pixels is None:
                 pixels = np.asarray(image.convert("RGB"))
         except Exception as error:  # decoders raise whatever they like on broken files
             raise ValueError(f"image {name} does not decode ({type(error).__name__}: {error}).") from error
@@ -61,6 +60,14 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
         raise ValueError(f"image {name} decodes to {pixels.shape[1]}x{pixels.shape[0]} pixels, its header says "
                          f"{header.width}x{header.height}.")  # fmt: skip
     return pixels
+
+
+def _jpeg(data: bytes) -> np.ndarray | None:
+    """(h, w, 3) uint8 as stored; None for a file with faults, some of which PIL overlooks (bytes between segments)."""
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
 
 
 def _opened(data: bytes, name: str) -> Image.Image:
@@ -85,7 +92,9 @@ def _header(image: Image.Image, name: str) -> Header:
         orientation = 1
     if orientation in TRANSPOSED:
         width, height = height, width
-    return Header(image.format or "", width, height, orientation)
+    # MPO is a JPEG file with further pictures after the first, as telephones write it.
+    format = "JPEG" if image.format == "MPO" else image.format or ""
+    return Header(format, width, height, orientation)
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:

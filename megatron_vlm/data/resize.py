@@ -13,14 +13,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-#: Rows that are made at a time where the caller does not say.
-STRIP = 16
+#: Numbers of a strip: large enough for the calls not to matter, small enough for the cache of a core.
+STRIP_VALUES = 100_000
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """(h, w, 3) uint8 -> (height, width, 3) uint8."""
-    wanted = [range(start, min(start + STRIP, height)) for start in range(0, height, STRIP)]
-    return np.concatenate([strip.copy() for strip in strips(pixels, height, width, wanted)])
+    return np.concatenate([strip.copy() for strip in strips(pixels, height, width, cut_rows(range(height), width))])
+
+
+def cut_rows(rows: range, width: int, unit: int = 1) -> list[range]:
+    """`rows` of a picture `width` wide in parts for `strips`, each a multiple of `unit` rows."""
+    step = max(1, STRIP_VALUES // (3 * width * unit)) * unit
+    return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
 
 
 def strips(pixels: np.ndarray, height: int, width: int, wanted: Iterable[range]) -> Iterator[np.ndarray]:
@@ -54,17 +59,18 @@ def strips(pixels: np.ndarray, height: int, width: int, wanted: Iterable[range])
     sums, picked, weights = (torch.empty(most, 3 * width) for _ in range(3))
     rounded = torch.empty(most, 3 * width, dtype=torch.uint8)
     for rows in wanted:
-        count, place = len(rows), slice(rows.start - first, rows.stop - first)
+        place = slice(rows.start - first, rows.stop - first)
+        total, part, weight, result = (buffer[: len(rows)] for buffer in (sums, picked, weights, rounded))
         for number, (columns, places_, down, across) in enumerate(terms):
-            torch.index_select(columns, 0, places_[place], out=picked[:count])
-            torch.mul(down[place], across, out=weights[:count])
+            torch.index_select(columns, 0, places_[place], out=part)
+            torch.mul(down[place], across, out=weight)
             if number:
-                sums[:count].addcmul_(picked[:count], weights[:count])
+                total.addcmul_(part, weight)
             else:
-                torch.mul(picked[:count], weights[:count], out=sums[:count])
+                torch.mul(part, weight, out=total)
         # An average of bytes cannot leave 0 to 255 by more than rounding takes back: no clamp.
-        rounded[:count].copy_(sums[:count].round_())
-        yield rounded[:count].numpy().reshape(count, width, 3)
+        result.copy_(total.round_())
+        yield result.numpy().reshape(len(rows), width, 3)
 
 
 def _taps(size: int, wanted: int, start: int, stop: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:

@@ -46,6 +46,39 @@ def test_kinds_of_jpeg(subsampling, progressive):
     assert np.array_equal(decode(data, name="x"), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
+def test_jpeg_goes_through_simplejpeg(monkeypatch):
+    """PIL only reads the header; its decoder never runs."""
+    expected = np.asarray(noise("L").convert("RGB"))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("PIL decodes"))
+    called = []
+    decoder = image.simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        image.simplejpeg, "decode_jpeg", lambda *a, **options: called.append(options) or decoder(*a, **options)
+    )
+    stream = io.BytesIO()
+    Image.fromarray(expected).save(stream, "JPEG", quality=100, subsampling=0)
+    assert np.abs(decode(stream.getvalue(), name="x").astype(int) - expected).max() < 8
+    assert called == [{"colorspace": "RGB", "fastdct": False, "fastupsample": False}]
+
+
+def test_a_jpeg_with_junk_between_its_segments_is_what_pil_makes_of_it():
+    data = saved(noise(), "JPEG")
+    start = data.index(b"\xff\xda")
+    data = data[:start] + b"\0\0\0" + data[start:]
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        image.simplejpeg.decode_jpeg(data)
+    assert np.array_equal(decode(data, name="x"), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_several_pictures_in_one_jpeg_file():
+    stream = io.BytesIO()
+    noise().save(stream, "MPO", save_all=True, append_images=[noise(size=(8, 9))])
+    data = stream.getvalue()
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert probe(data, name="x") == ("JPEG", 37, 23, 1)
+    assert np.array_equal(decode(data, name="x"), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
 @pytest.mark.parametrize("orientation", [*range(1, 9), 0, 99])
 def test_orientation_is_honoured(orientation):
     exif = Image.Exif()

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from megatron_vlm.config.geometry import frame_layout, image_geometry
-from megatron_vlm.data import video
+from megatron_vlm.data import media, video
 from megatron_vlm.data.collate import Collator, MicroBatch
 from megatron_vlm.data.crops import cut
 from megatron_vlm.data.example import Branch, Clip, Example, Turn
@@ -136,6 +137,17 @@ def test_the_loader_packs_videos(folder):
     assert step.image_tokens == sum(len(batch.windows) for batch in step.micro_batches)
     patch = SETTINGS.tokenizer.im_patch
     assert step.image_tokens == sum(int((batch.tokens == patch).sum()) for batch in step.micro_batches)
+
+
+def test_without_workers_threads_decode(folder, monkeypatch):
+    threads = set()
+    decode = media.image.decode
+    monkeypatch.setattr(media.image, "decode", lambda data, *, name: threads.add(threading.current_thread().name)
+                        or decode(data, name=name))  # fmt: skip
+    loader = Loader(config(folder, workers=0), world.ARCH, Share())
+    next(iter(loader))
+    loader.close()
+    assert threads and all(name.startswith("decode") for name in threads)
 
 
 def test_other_frames_are_other_data(folder):
