@@ -56,7 +56,7 @@ def _whole(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     try:
         yield from stream
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:  # ValueError: a name twice in one sample
-        raise ValueError(f"a tar cannot be read to its end: {error}") from error
+        raise ValueError(f"a tar cannot be read to its end: {error.args[0] if error.args else error}") from error
 
 
 def _example(

@@ -85,7 +85,9 @@ def _header(image: Image.Image, name: str) -> Header:
     if width * height > MAX_PIXELS:
         raise ValueError(f"image {name} has {width}x{height} pixels; at most {MAX_PIXELS} are decoded.")
     try:
-        orientation = image.getexif().get(ORIENTATION, 1)
+        # Most JPEG files say nothing about it; asking PIL takes longer than opening the file.
+        told = image.format not in ("JPEG", "MPO") or not {"exif", "xmp"}.isdisjoint(image.info)
+        orientation = image.getexif().get(ORIENTATION, 1) if told else 1
     except Exception:  # a broken EXIF block does not make the picture unreadable
         orientation = 1
     if orientation not in range(1, 9):

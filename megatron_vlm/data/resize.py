@@ -45,32 +45,52 @@ def strips(pixels: np.ndarray, height: int, width: int, wanted: Iterable[range])
     # Of a much larger picture most rows are not looked at.
     rows_used, places = np.unique(np.concatenate([upper, lower]), return_inverse=True)
     source = (pixels if len(rows_used) == len(pixels) else pixels[rows_used]).reshape(len(rows_used), -1)
-    at_left, at_right = _columns(source, left), _columns(source, right)
-    places_upper, places_lower = torch.from_numpy(places).split(len(upper))
+    upper, lower = np.split(places, 2)
     above, below = (torch.from_numpy(near)[:, None] for near in (near_upper, near_lower))
     before, after = (torch.from_numpy(np.repeat(near, 3)) for near in (near_left, near_right))
-    # torch adds the four neighbours in this order, each product in one rounding with the sum.
-    terms = (
-        (at_right, places_upper, above, after),
-        (at_left, places_upper, above, before),
-        (at_left, places_lower, below, before),
-        (at_right, places_lower, below, after),
-    )
+    lefts, rights = (_Columns(columns, 1 + _most(wanted, first, upper, lower)) for columns in (left, right))
     sums, picked, weights = (torch.empty(most, 3 * width) for _ in range(3))
     rounded = torch.empty(most, 3 * width, dtype=torch.uint8)
     for rows in wanted:
         place = slice(rows.start - first, rows.stop - first)
+        start, stop = upper[place.start], lower[place.stop - 1] + 1
+        at_left, at_right = lefts(source[start:stop]), rights(source[start:stop])
+        over, under = (torch.from_numpy(side[place] - start) for side in (upper, lower))
         total, part, weight, result = (buffer[: len(rows)] for buffer in (sums, picked, weights, rounded))
-        for number, (columns, places_, down, across) in enumerate(terms):
-            torch.index_select(columns, 0, places_[place], out=part)
-            torch.mul(down[place], across, out=weight)
-            if number:
-                total.addcmul_(part, weight)
-            else:
-                torch.mul(part, weight, out=total)
+        # torch adds the four neighbours in this order, each product in one rounding with the sum.
+        torch.mul(
+            torch.index_select(at_right, 0, over, out=part), torch.mul(above[place], after, out=weight), out=total
+        )
+        for columns, places_, down, across in (
+            (at_left, over, above, before),
+            (at_left, under, below, before),
+            (at_right, under, below, after),
+        ):
+            torch.index_select(columns, 0, places_, out=part)
+            total.addcmul_(part, torch.mul(down[place], across, out=weight))
         # An average of bytes cannot leave 0 to 255 by more than rounding takes back: no clamp.
         result.copy_(total.round_())
         yield result.numpy().reshape(len(rows), width, 3)
+
+
+def _most(wanted: list[range], first: int, upper: np.ndarray, lower: np.ndarray) -> int:
+    """Most rows of the source that lie between the first and the last row that a strip is made from."""
+    return max(int(lower[rows.stop - 1 - first] - upper[rows.start - first]) for rows in wanted)
+
+
+class _Columns:
+    """Some columns of strips of a picture, as float32, in memory that is used again and again."""
+
+    def __init__(self, columns: np.ndarray, rows: int) -> None:
+        self._values = (3 * columns[:, None] + np.arange(3)).ravel()
+        self._bytes = np.empty((rows, len(self._values)), dtype=np.uint8)
+        self._floats = torch.empty(rows, len(self._values))
+
+    def __call__(self, source: np.ndarray) -> torch.Tensor:
+        """(h, w * 3) uint8 -> (h, n * 3) float32."""
+        part = self._bytes[: len(source)]
+        np.take(source, self._values, axis=1, mode="clip", out=part)  # clip: no check of each index, no buffer
+        return self._floats[: len(source)].copy_(torch.from_numpy(part))
 
 
 def _taps(size: int, wanted: int, start: int, stop: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
@@ -82,9 +102,3 @@ def _taps(size: int, wanted: int, start: int, stop: int) -> tuple[tuple[np.ndarr
     after = np.minimum(before + 1, size - 1)
     weight = np.clip(place - before.astype(np.float32), np.float32(0), np.float32(1))
     return (before, after), (np.float32(1) - weight, weight)
-
-
-def _columns(source: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-    """(h, w * 3) uint8 -> (h, n * 3) float32: these pixels of each row."""
-    values = (3 * columns[:, None] + np.arange(3)).ravel()
-    return torch.from_numpy(np.take(source, values, axis=1, mode="clip")).float()  # clip: no check of each

@@ -79,8 +79,8 @@ class Shards:
     def media(self, key: str) -> bytes:
         """Bytes of a stored file by its sha256. Raises ValueError where it is missing or lies outside its shard."""
         row = self._media_row(key)
-        shard, offset, size = int(self._media_shard[row]), int(self._media_offset[row]), int(self._media_size[row])
-        data = os.pread(self._descriptor(shard), size, offset)
+        shard, offset, size = (column[row] for column in self._media_place)
+        data = os.pread(self._descriptors.get(shard) or self._descriptor(shard), size, offset)
         if len(data) != size:
             raise ValueError(
                 f"media {key}: shard {self.manifest['media']['shards'][shard]} gives {len(data)} of {size} bytes at "
@@ -166,12 +166,14 @@ class Shards:
                     f"{self._media_shard[bad]}. Build the shards anew."
                 )
         self._descriptors: dict[int, int] = {}
+        # Elements of a memoryview are Python's integers, in a third of the time that numpy's take.
+        self._media_place = tuple(map(memoryview, (self._media_shard, self._media_offset, self._media_size)))
+        self._media_bytes = memoryview(self._media_keys.view(np.uint8) if count else b"")
 
     def _media_row(self, key: str) -> int:
         digest = bytes.fromhex(key)
-        row = int(np.searchsorted(self._media_keys, np.array(digest, dtype="S32")))
-        # numpy drops zero bytes from the end of an S32 that is taken out of its array.
-        if row == len(self._media_keys) or self._media_keys[row].ljust(32, b"\0") != digest:
+        row = int(self._media_keys.searchsorted(digest))
+        if self._media_bytes[32 * row : 32 * row + 32] != digest:
             raise ValueError(f"media {key} is not in {self.directory}: the samples do not fit the media index.")
         return row
 
