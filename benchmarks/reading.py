@@ -215,6 +215,11 @@ def batches(shards: Shards, sized: dict[tuple[int, int], list[Example]], rounds:
     return rows
 
 
+def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines of the README's table."""
+    return [(name, f"{result['ratios'][name]:.2f} (asked for: {least})") for name, least in TARGETS.items()]
+
+
 def report(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     machine = result["machine"]
@@ -267,6 +272,7 @@ def main() -> None:
     measured = (raw_rates["ours"] / raw_rates["wids"], raw_rates["ours"] / raw_rates["bare pread"],
                 decoded["ours"] / decoded["webdataset"], at_640["pixels ratio"])  # fmt: skip
     result["ratios"] = {name: round(ratio, 3) for name, ratio in zip(TARGETS, measured, strict=True)}
+    result["summary"] = summary(result)
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "reading.json").write_text(json.dumps(result, indent=1) + "\n")
     text = report(result)
