@@ -63,10 +63,12 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
 
 
 def _jpeg(data: bytes) -> np.ndarray | None:
-    """(h, w, 3) uint8 as stored; None for a file with faults, some of which PIL overlooks (bytes between segments)."""
+    """(h, w, 3) uint8 as stored; None for a file with bytes between its segments, which PIL passes over."""
     try:
         return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
-    except ValueError:
+    except ValueError as error:
+        if "extraneous bytes" not in str(error):
+            raise
         return None
 
 
