@@ -35,6 +35,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import record  # noqa: E402
 from megatron_vlm.config.geometry import ImageGeometry  # noqa: E402
 from megatron_vlm.config.presets import PRESETS  # noqa: E402
 from megatron_vlm.data import image, sample, tokens  # noqa: E402
@@ -217,7 +218,7 @@ def batches(shards: Shards, sized: dict[tuple[int, int], list[Example]], rounds:
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of the README's table."""
-    return [(name, f"{result['ratios'][name]:.2f} (asked for: {least})") for name, least in TARGETS.items()]
+    return [(name, f"{result['key'][name]:.2f} (asked for: {least})") for name, least in TARGETS.items()]
 
 
 def report(result: dict[str, Any]) -> str:
@@ -229,7 +230,7 @@ def report(result: dict[str, Any]) -> str:
         f". {result['files']} JPEG files of {result['mean_kilobytes']} kB in {result['tars']} tars; one process, warm "
         f"page cache, medians of {result['rounds']} rounds in turn.", "",
         "| asked for | at least | measured |", "|---|---|---|",
-        *(f"| {name} | {asked} | {result['ratios'][name]:.2f} |" for name, asked in TARGETS.items()), "",
+        *(f"| {name} | {asked} | {result['key'][name]:.2f} |" for name, asked in TARGETS.items()), "",
         "| raw files, random order unless said | files a second |", "|---|---|",
         *(f"| {name} | {rate:,.0f} |" for name, rate in result["raw"].items()), "",
         "| JPEG to RGB pixels, all by simplejpeg | images a second |", "|---|---|",
@@ -271,14 +272,17 @@ def main() -> None:
     at_640 = next(row for row in rows if row["size"] == "640 x 480")
     measured = (raw_rates["ours"] / raw_rates["wids"], raw_rates["ours"] / raw_rates["bare pread"],
                 decoded["ours"] / decoded["webdataset"], at_640["pixels ratio"])  # fmt: skip
-    result["ratios"] = {name: round(ratio, 3) for name, ratio in zip(TARGETS, measured, strict=True)}
+    result["key"] = {name: round(ratio, 3) for name, ratio in zip(TARGETS, measured, strict=True)}
     result["summary"] = summary(result)
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "reading.json").write_text(json.dumps(result, indent=1) + "\n")
+    line = {"date": time.strftime("%Y-%m-%d"), "commit": record.commit(), "benchmark": "reading", **result["key"]}
+    with (asked.out / "history.jsonl").open("a", encoding="utf-8") as history:
+        history.write(json.dumps(line) + "\n")
     text = report(result)
     (asked.out / "reading.md").write_text(text)
     print(text)
-    missed = [name for name, asked_for in TARGETS.items() if result["ratios"][name] < asked_for]
+    missed = [name for name, asked_for in TARGETS.items() if result["key"][name] < asked_for]
     if missed:
         sys.exit(f"missed: {', '.join(missed)}")
 

@@ -167,8 +167,8 @@ class Shards:
                 )
         self._descriptors: dict[int, int] = {}
         # Elements of a memoryview are Python's integers, in a third of the time that numpy's take.
-        self._media_place = tuple(map(memoryview, (self._media_shard, self._media_offset, self._media_size)))
-        self._media_bytes = memoryview(self._media_keys.view(np.uint8) if count else b"")
+        self._media_place = [memoryview(column) for column in (self._media_shard, self._media_offset, self._media_size)]
+        self._media_bytes = memoryview(data if count else b"").cast("B")
 
     def _media_row(self, key: str) -> int:
         digest = bytes.fromhex(key)
