@@ -117,7 +117,11 @@ def molmo2(arch: Architecture, freeze: tuple[str, ...]) -> Any:
     """transformers' Molmo2 of this architecture in float32, random weights, the same parts frozen."""
     from tests.model import reference
 
-    return _frozen(reference.molmo2(arch), freeze)
+    model = reference.molmo2(arch)
+    if arch.language.tied_head:  # Molmo2 has a head of its own: the same numbers
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[: arch.language.vocab_size])
+    return _frozen(model, freeze)
 
 
 def qwen3(arch: Architecture, freeze: tuple[str, ...]) -> Any:
