@@ -45,7 +45,8 @@ launch() {
     fi
 
     local number="${stage#stage}" weights
-    if [ "$number" -gt 1 ] && ! $own_weights; then
+    # A folder with this stage alone names the weights in its recipe.
+    if [ "$number" -gt 1 ] && ! $own_weights && [ -f "$root/examples/recipes/$size/stage$((number - 1)).yaml" ]; then
         weights="runs/$size-stage$((number - 1))/checkpoints"
         if [ ! -e "$weights" ]; then
             echo "Stage $number starts from the weights of stage $((number - 1)), but $weights is not there." >&2

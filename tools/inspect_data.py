@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from megatron_vlm.config import load, presets
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data import points, video
+from megatron_vlm.data import manifest, points, video
 from megatron_vlm.data.example import Branch, Example, Tracks
 from megatron_vlm.data.image import decode
 from megatron_vlm.data.keyed import Permutation
@@ -137,7 +137,7 @@ def inspect_step(options: argparse.Namespace) -> None:
     skipped = set(line.get("skipped", ()))
     for key in step.keys:
         print(f"{key}  (skipped: its media failed)" if key in skipped else key)
-    shards = Shards(build() if config.data.manifest == "sample" else config.data.manifest)
+    shards = Shards(manifest.directory(config.data.manifest))
     if options.num_samples:
         first = _found(shards, config.data.split, list(dict.fromkeys(step.keys))[: options.num_samples])
         print(f"{write_page(shards, [], first, options.out)}: open it in a browser", file=sys.stderr)

@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron_vlm.config import load
 from megatron_vlm.config.schema import Config
+from megatron_vlm.data import manifest
 from megatron_vlm.parallel.pool import Pool
 from megatron_vlm.train import parity, trial, variant
 from megatron_vlm.train.parity import Report
@@ -147,10 +148,7 @@ def check(config: Config, asked: argparse.Namespace, say: Any = print) -> tuple[
     cases += [resume(text, asked.steps) for text in asked.resume]
     for way in [reference_way, *_ways(cases)]:
         way.settings(config)
-    if config.data.manifest == "sample":
-        from megatron_vlm.data import sample
-
-        sample.build()  # not on a layout's time
+    manifest.directory(config.data.manifest)  # bundled data are not built on a layout's time
     folder = Path(tempfile.mkdtemp(prefix="parity-"))
     runner = Runner(config, asked, folder)
     try:

@@ -83,7 +83,8 @@ class DataConfig:
     """What is read and how rows are made."""
 
     manifest: str = "sample"
-    """Directory of indexed shards (holds manifest.json), or `sample`: the bundled sample data, built on first use."""
+    """Directory of indexed shards (holds manifest.json); or, built on first use, `sample`: the bundled sample data, or
+    `film`: a real film of ten minutes."""
     mixture: str = "sample"
     """Mixture file (YAML: groups, rates, members), or the name of one in examples/recipes/mixtures/."""
     tokenizer: str = "sample"

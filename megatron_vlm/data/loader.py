@@ -18,6 +18,7 @@ from megatron_vlm.batch import Batch
 from megatron_vlm.config import rampup
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.schema import Config
+from megatron_vlm.data import manifest
 from megatron_vlm.data import mixture as mixtures
 from megatron_vlm.data.balance import deal
 from megatron_vlm.data.collate import Collator, MicroBatch
@@ -103,7 +104,7 @@ class Loader:
         data, self._grows = config.data, not one_pass
         _check_shares(config, share)
         split = split or data.split
-        shards = Shards(_manifest(data.manifest))
+        shards = Shards(manifest.directory(data.manifest))
         mixture = mixtures.load(data.mixture)
         tokenizer = Tokenizer.load(data.tokenizer, arch.language)
         self.sources = tuple(member.name for member in mixture.members)
@@ -275,14 +276,6 @@ def _check_shares(config: Config, share: Share) -> None:
             f"train.global_batch={rows} does not divide by {share.data_ranks} data-parallel ranks x "
             f"train.micro_batch={per_batch}."
         )
-
-
-def _manifest(setting: str) -> str:
-    if setting != "sample":
-        return setting
-    from megatron_vlm.data import sample
-
-    return str(sample.build())
 
 
 def _check_sources(sources: tuple[str, ...], sizes: list[int], split: str, shards: Shards) -> None:

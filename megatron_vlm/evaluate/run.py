@@ -15,7 +15,8 @@ from megatron_vlm.checkpoint import load as checkpoint
 from megatron_vlm.config import load as config_load
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config, ParallelConfig
-from megatron_vlm.data import points, sample
+from megatron_vlm.data import manifest as manifests
+from megatron_vlm.data import points
 from megatron_vlm.data.example import Example, Points
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tokens import Tokenizer
@@ -69,7 +70,7 @@ def load(checkpoint_path: str | Path, *, trained: bool = True) -> Trained:
 
 def manifest(config: Config) -> Shards:
     """The shards that the run was trained on."""
-    return Shards(sample.build() if config.data.manifest == "sample" else config.data.manifest)
+    return Shards(manifests.directory(config.data.manifest))
 
 
 def answers(

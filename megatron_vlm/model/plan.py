@@ -7,12 +7,11 @@ and kept for the other layers, for backward and for recompute.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_vlm.batch import PAD
+from megatron_vlm.batch import PAD, PREFIX_BRANCH
 from megatron_vlm.model.mask import Mark, Places, places, visible
 
 #: Queries in a block that needs a mask. A mask holds QUERIES x keys numbers.
@@ -34,11 +33,15 @@ class Block:
     end: int
     keys: int
     keys_end: int
-    causal: bool
+    causal: bool = False
     """Each query sees the keys up to its own place, and nothing else has to be masked."""
-    masked: bool
+    masked: bool = False
     """A mask is needed."""
-    kept: torch.Tensor | None
+    alike: bool = False
+    """All queries see the same keys: one row of a mask serves them."""
+    seen: int = 0
+    """Every query sees the keys [keys, seen)."""
+    kept: torch.Tensor | None = None
     """The mask, if it is kept."""
 
 
@@ -59,13 +62,11 @@ class Plan:
             self._cut(start, end)
 
     def mask(self, block: Block) -> torch.Tensor | None:
-        """Numbers to add to the scores, float32 (queries, keys); None where nothing is masked (or all is causal)."""
+        """Numbers to add to the scores, float32 (queries, keys), one row where all queries are alike; None where
+        nothing is masked (or all is causal)."""
         if not block.masked:
             return None
-        if block.kept is not None:
-            return block.kept
-        first = self.queries[0]
-        return _additive(self._sees(block.start + first, block.end + first, block.keys, block.keys_end))
+        return self._additive(block) if block.kept is None else block.kept
 
     def _cut(self, start: int, end: int) -> None:
         """Add the blocks of the example at [start, end): of its queries among the plan's."""
@@ -76,29 +77,54 @@ class Plan:
         images = vision.nonzero().flatten()
         # At most the prefix and one branch, and no image block to look ahead in: plain causal.
         plain = len(images) <= 1 and bool((branch[1:] <= branch[:-1]).all())
+        offset = self.queries[0]
         # Kernels know causal only where the first query is the first key.
         if plain and first == start:
-            self._append(start, last, start, last, causal=True, masked=False, kept=None)
+            self.blocks.append(Block(start - offset, last - offset, start, last, causal=True))
             return
         last_image = start + int(images[-1]) + 1 if len(images) else start
+        prefix_end = start + int((branch == PREFIX_BRANCH).sum())
         for at in range(first, last, QUERIES):
             stop = min(at + QUERIES, last)
-            looks_ahead = bool(vision[at - start : stop - start].any())
-            self._add(at, stop, start, max(stop, last_image) if looks_ahead else stop)
+            inside = slice(at - start, stop - start)
+            looks_ahead = bool(vision[inside].any())
+            keys_end = max(stop, last_image) if looks_ahead else stop
+            in_prefix = stop <= prefix_end
+            # The tokens of an image block see each other, what stands before the block, and the same tokens behind.
+            alike = stop - at == 1 or (in_prefix and bool(vision[inside].all()))
+            seen = min(at, prefix_end)
+            self._add(Block(at - offset, stop - offset, start, keys_end, alike=alike, seen=max(start, seen)))
 
-    def _add(self, at: int, stop: int, keys: int, keys_end: int) -> None:
-        sees = self._sees(at, stop, keys, keys_end)
-        masked = not bool(sees.all())
-        kept = None
-        if masked and sees.numel() <= self._budget:
-            self._budget -= sees.numel()
-            kept = _additive(sees)
-        self._append(at, stop, keys, keys_end, causal=False, masked=masked, kept=kept)
+    def _add(self, block: Block) -> None:
+        at = block.start + self.queries[0]
+        if block.alike and bool(self._sees(at, at + 1, block.keys, block.keys_end).all()):
+            self.blocks.append(block)
+            return
+        block = replace(block, masked=True)
+        numbers = (1 if block.alike else block.end - block.start) * (block.keys_end - block.keys)
+        if numbers <= self._budget:
+            self._budget -= numbers
+            block = replace(block, kept=self._additive(block))
+        self.blocks.append(block)
 
-    def _append(self, start: int, end: int, keys: int, keys_end: int, **how: Any) -> None:
-        """Add a block; all places are those of the row."""
-        first = self.queries[0]
-        self.blocks.append(Block(start - first, end - first, keys, keys_end, **how))
+    def _additive(self, block: Block) -> torch.Tensor:
+        """The mask of a block. Most keys of a long example stand before a block or behind it: those are not asked one
+        by one."""
+        at, end = (place + self.queries[0] for place in (block.start, block.end))
+        stop = at + 1 if block.alike else end
+        mask = torch.zeros(stop - at, block.keys_end - block.keys, dtype=torch.float32, device=self.row.device)
+        mask[:, block.seen - block.keys : end - block.keys].masked_fill_(~self._sees(at, stop, block.seen, end), UNSEEN)
+        if block.keys_end > end:
+            # Of what stands behind the block, queries of one branch see the same if both are or are not of an image.
+            kinds, kind = torch.unique(
+                self.row[[Mark.EXAMPLE, Mark.BRANCH, Mark.VISION], at:stop], dim=1, return_inverse=True
+            )
+            query = Places(kinds[0, :, None], kinds[1, :, None], kinds[2, :, None].bool(), kinds.new_tensor(end - 1))
+            sees = visible(query, Places(*(x[None, end : block.keys_end] for x in self._places)))
+            behind = torch.zeros(sees.shape, dtype=mask.dtype, device=mask.device).masked_fill_(~sees, UNSEEN)
+            for each, row in enumerate(behind):
+                mask[kind == each, end - block.keys :] = row
+        return mask
 
     def _sees(self, at: int, stop: int, keys: int, keys_end: int) -> torch.Tensor:
         query = Places(*(x[at:stop, None] for x in self._places))
@@ -127,10 +153,6 @@ class Plans:
         while len(self._kept) > self._rows:
             self._kept.popitem(last=False)
         return plan
-
-
-def _additive(sees: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(sees.shape, dtype=torch.float32, device=sees.device).masked_fill_(~sees, UNSEEN)
 
 
 def _runs(examples: torch.Tensor) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable
@@ -65,6 +66,17 @@ def speaks(error: str) -> bool:
         return store.get("error").decode() != error
     except (RuntimeError, ValueError):
         return True
+
+
+def peak_memory() -> list[int]:
+    """Most bytes that each rank has held, by rank: on a CPU the whole process, on CUDA the tensors. Collective."""
+    if cpu.enabled():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    peaks: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, peak)
+    return peaks
 
 
 def tool(body: Callable[[], None]) -> int:

@@ -22,6 +22,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
+from megatron_vlm.parallel import process
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.train import directory, ending, metrics, optim, recovery, resume, stragglers
 from megatron_vlm.train.ending import Ending, Watch
@@ -132,7 +133,10 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, wat
         _save(saver, models, optimizer, loader, progress, watch, wait=True)
     pulse.enter("other")
     early = reason if progress.step < config.train.steps else ""
+    peaks = process.peak_memory()
     if reporter:
+        peaks_gb = ", ".join(f"{peak / 1e9:.2f}" for peak in peaks)
+        reporter.say(f"Peak memory by rank: {peaks_gb} GB.")
         ended = (
             f"Stopped after step {progress.step} ({reason}); the same command goes on from there."
             if early

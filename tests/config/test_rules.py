@@ -125,7 +125,7 @@ def test_all_broken_rules_are_shown_at_once(settings):
 
 RECIPE_FILES = sorted(RECIPES.glob("*/stage*.yaml"))
 #: Recipes of one last stage -> the size whose earlier stages they start from.
-ALONE = {"tiny_video": "tiny"}
+ALONE = {"tiny_film": "tiny", "tiny_video": "tiny"}
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -155,7 +155,8 @@ def test_every_recipe_names_a_mixture_that_is_there(path):
 
 
 def test_all_sizes_have_all_stages():
-    assert [f"{path.parent.name}/{path.stem}" for path in RECIPE_FILES] == [
+    whole = [path for path in RECIPE_FILES if path.parent.name != "tiny_film"]
+    assert [f"{path.parent.name}/{path.stem}" for path in whole] == [
         f"{size}/stage{stage}"
         for size in ("molmo2_4b", "molmo2_8b", "qwen3_0.6b", "tiny", "tiny_long")
         for stage in (1, 2, 3)

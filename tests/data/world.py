@@ -13,6 +13,7 @@ from megatron_vlm.config.schema import Config, DataConfig, TrainConfig
 from megatron_vlm.data.example import Branch, Example, Point, Points, Turn
 from megatron_vlm.data.tokens import Tokenizer, train
 from megatron_vlm.data.writer import ShardWriter
+from tests.data.clips import clip, steady
 
 ARCH = PRESETS["tiny"]
 WORDS = "a red cat sits on the blue box near two green cups while one dog looks at it".split()
@@ -54,6 +55,10 @@ def examples(rng: np.random.Generator, kind: str, number: int, writer: ShardWrit
     if kind == "text":
         turns = tuple(Turn(sentence(rng, 5), sentence(rng, 8)) for _ in range(rng.integers(1, 3)))
         return Example(key, (Branch("text_sft", turns),))
+    if kind == "videos":
+        film = writer.add_video(clip(steady(int(rng.integers(6, 20)), fps=4)))
+        turns = (Turn(sentence(rng, 4), sentence(rng, 6)), Turn(sentence(rng, 3), sentence(rng, 5)))
+        return Example(key, (Branch("video_short_answer", turns), Branch("video_short_answer", turns[1:])), (film,))
     count = 2 if rng.random() < 0.15 else 1
     media = tuple(writer.add_image(picture(rng, "PNG" if rng.random() < 0.3 else "JPEG")) for _ in range(count))
     if kind == "pointing":
@@ -68,7 +73,10 @@ def examples(rng: np.random.Generator, kind: str, number: int, writer: ShardWrit
 
 
 def build(folder: Path, *, seed: int = 0, sizes: dict[str, int] | None = None) -> Path:
-    """Shards, tokenizer.json and mixture.yaml in `folder`; returns the directory of shards."""
+    """Shards, tokenizer.json and mixture.yaml in `folder`; returns the directory of shards.
+
+    sizes: samples by kind: captions, pointing, text (the mixture's), videos.
+    """
     rng = np.random.default_rng(seed)
     shards = folder / "shards"
     with ShardWriter(shards, shard_bytes=100_000) as writer:

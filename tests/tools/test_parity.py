@@ -7,6 +7,10 @@ import json
 
 import pytest
 
+from megatron_vlm.batch import PREFIX_BRANCH
+from megatron_vlm.config import load, presets
+from megatron_vlm.config.geometry import VideoLayout
+from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.train import trial
 from tests.data import world
 from tools import parity
@@ -15,20 +19,30 @@ EVERY = (
     "tp2 tp2_sp pp2 pp2_vpp2 pp4 cp2 cp4 dp2 tp2_cp2 tp2_sp_pp2 pp2_cp2 tp2_sp_pp2_cp2 dp2_tp2 "
     "recompute_full recompute_selective pp2_recompute_full unpacked dp2_unpacked packed"
 ).split()
+#: Degrees beyond the heads, and keys gathered: in float32 like all others.
+GATHERED = ("cp4_gather", "cp3", "tp2_sp_cp4", "pp2_cp2_gather")
+MIXTURE = """
+groups:
+  captions: {rate: 0.4, members: [captions]}
+  pointing: {rate: 0.2, members: [pointing]}
+  text: {rate: 0.2, members: [text]}
+  videos: {rate: 0.2, members: [videos]}
+"""
 RESUMED = ("one", "tp2_sp", "dp2", "pp2", "pp2_vpp2", "cp2")
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The tiny model on short rows of synthetic data."""
+    """The tiny model on short rows of synthetic data: one and several images, trees, text, video."""
     folder = tmp_path_factory.mktemp("parity")
-    world.build(folder)
+    world.build(folder, sizes={"captions": 60, "pointing": 30, "text": 20, "videos": 12})
+    (folder / "mixture.yaml").write_text(MIXTURE)
     path = folder / "recipe.yaml"
     path.write_text(
         f"""
 model: {{preset: tiny, freeze: []}}
 data: {{manifest: {folder}/shards, mixture: {folder}/mixture.yaml, tokenizer: {folder}, sequence_length: 192,
-       max_crops: 8, image_crops: 2, window: 32}}
+       max_crops: 8, image_crops: 2, max_frames: 5, window: 32}}
 train: {{global_batch: 4, micro_batch: 1, steps: 10}}
 optim: {{vision: {{lr: 1.0e-3}}, connector: {{lr: 1.0e-3}}, language: {{lr: 1.0e-3}}}}
 """
@@ -118,6 +132,29 @@ def test_settings_may_stand_anywhere():
 @pytest.mark.timeout(900)
 def test_every_layout_agrees_with_one_process_unpacked(recipe):
     assert parity.main([recipe, "--layouts", *EVERY, "--steps", "4", "--reference", "unpacked"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gathered_keys_agree_with_one_process(recipe):
+    assert parity.main([recipe, "--layouts", *GATHERED, "--steps", "3"]) == 0
+
+
+def test_the_rows_that_are_compared_hold_every_kind_of_sample(recipe):
+    """In the four steps of the test above: packed rows, several images, trees, video, text alone."""
+    config = load.load(recipe)
+    loader = Loader(config, presets.architecture(config.model), Share(crops=False))
+    try:
+        rows = loader._planner.plan(0)[: 4 * config.train.global_batch]
+    finally:
+        loader.close()
+    samples = [sample for row in rows for sample in row.samples]
+    layouts = [sample.content.layouts for sample in samples]
+    assert sum(len(row.samples) > 1 for row in rows) > len(rows) / 2
+    assert sum(len(each) > 1 for each in layouts) and sum(not each for each in layouts) > 1
+    assert sum(any(isinstance(layout, VideoLayout) for layout in each) for each in layouts) > 2
+    trees = [sample for sample in samples if len(set(sample.content.branches.tolist()) - {PREFIX_BRANCH}) > 1]
+    assert len(trees) > 3
 
 
 @pytest.mark.slow
