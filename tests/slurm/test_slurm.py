@@ -81,7 +81,8 @@ def ended(slurm: Cluster, folder: Path, job: str, seconds: float = 150) -> str:
 
 
 def start(slurm: Cluster, job: str) -> None:
-    """A requeued job now: SLURM would let it wait for two minutes, and says so only a moment after it is pending."""
+    """A requeued job now: SLURM would let it wait for two minutes. Not at once: the attempt before is still cleaned up."""
+    time.sleep(4)
 
     def running() -> bool:
         if slurm.state(job) == "PENDING":
