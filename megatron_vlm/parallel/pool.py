@@ -133,6 +133,9 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
     """Body of one process: answer calls until the pipe closes."""
     import torch
 
+    # Nothing to do, unless something else had started the fork server before it was told what to import.
+    import megatron_vlm.parallel.preload  # noqa: F401
+
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     if Path("/sys/class/net/lo").exists():

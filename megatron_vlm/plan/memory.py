@@ -123,9 +123,10 @@ def of_stage(config: Config, layout: Layout, stage: int, load: Load, *, cuda: bo
     ]
     flying = in_flight(config, layout, stage)
     kept: dict[str, int] = {}
-    for each in found:
-        for name, size in each.kept.items():
-            kept[name] = kept.get(name, 0) + size * flying // len(found)
+    for number in range(flying):
+        # Interleaved schedules send `pipeline` micro-batches through a chunk before they turn to the next one.
+        for name, size in found[number // layout.pipeline % len(found)].kept.items():
+            kept[name] = kept.get(name, 0) + size
     working = max(each.peak - each.total for each in found)
     after = _after_backward(config, layout, chunks)
     return Memory(held, kept, flying, max(working, after - sum(kept.values())), _buffers(config, layout, parts, flying))

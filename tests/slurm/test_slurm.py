@@ -81,7 +81,7 @@ def ended(slurm: Cluster, folder: Path, job: str, seconds: float = 150) -> str:
 
 
 def start(slurm: Cluster, job: str) -> None:
-    """A requeued job now: SLURM would let it wait for two minutes. Not at once: the attempt before is still cleaned up."""
+    """A requeued job now, not in two minutes as SLURM would. Not at once: the attempt before is still cleaned up."""
     time.sleep(4)
 
     def running() -> bool:
