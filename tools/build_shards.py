@@ -68,7 +68,7 @@ def build(options: argparse.Namespace) -> None:
                     )
                     split = options.held_out_split if _held_out(sample.key, options.held_out) else options.split
                     writer.add(sample, dataset, split)
-                except (ValueError, OSError) as error:
+                except ValueError as error:
                     bad.append(f"{file}:{number}: {error}")
                     if len(bad) > options.max_bad:
                         raise ValueError("\n".join(bad) + _advice(options.max_bad)) from error

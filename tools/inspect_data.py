@@ -134,9 +134,9 @@ def inspect_step(options: argparse.Namespace) -> None:
             f"step {options.step} of {options.run} was made of other samples than its data give now: manifest, mixture "
             "or this program changed since."
         )
-    skipped = set(line.get("skipped", ()))
+    skipped = {one["key"]: one["reason"] for one in line["skipped"]}
     for key in step.keys:
-        print(f"{key}  (skipped: its media failed)" if key in skipped else key)
+        print(f"{key}  (skipped: {skipped[key]})" if key in skipped else key)
     shards = Shards(manifest.directory(config.data.manifest))
     if options.num_samples:
         first = _found(shards, config.data.split, list(dict.fromkeys(step.keys))[: options.num_samples])

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "parallel.context_method": ("auto", "ulysses", "gather"),
     "parallel.vision": ("data",),
     "data.prompts": ("style_and_length", "style"),
+    "data.bad_samples": ("stop", "skip"),
     "data.loss_weighting": ("uniform", "root_subsegments", "root_tokens"),
     "train.precision": ("float32", "bf16"),
     "train.recompute": ("none", "selective", "full"),
@@ -50,8 +51,9 @@ AT_LEAST: dict[str, float] = {
     "guard.norm_deviations": 1,
     "log.every": 1,
 }
-#: Probabilities and decay rates: less than 1.
+#: Probabilities, shares and decay rates: less than 1.
 BELOW_ONE = (
+    "data.bad_ceiling",
     "train.residual_dropout",
     "train.response_dropout",
     "optim.betas",

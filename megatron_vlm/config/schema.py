@@ -114,6 +114,11 @@ class DataConfig:
     """Processes that decode ahead of training. 0 = decode in the training process."""
     seed: int = 0
     """Keys the order of samples and every random choice about a sample."""
+    bad_samples: str = "stop"
+    """What follows from a sample that cannot be loaded. stop: an error that names it; skip: it is trained on without
+    loss, nothing else moves, and metrics.jsonl counts it, ledger.jsonl names it."""
+    bad_ceiling: float = 0.01
+    """Share of the samples drawn so far, of 1,000 at least, that may be skipped; beyond it the run stops."""
     prompts: str = "style_and_length"
     """How a user turn begins: `style_and_length` (pre-training: `style N:`) or `style` (`style:`)."""
     loss_weighting: str = "uniform"

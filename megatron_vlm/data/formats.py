@@ -69,7 +69,7 @@ def read_line(
     key:       its key where the line names none.
     folder:    that paths of images and videos start from.
     add_image, add_video: store a file's bytes and give back its name and size.
-    Raises ValueError, saying what is wrong with the line, OSError for a file that cannot be read.
+    Raises ValueError, saying what is wrong with the line or its files.
     """
     try:
         record = json.loads(line)
@@ -81,10 +81,17 @@ def read_line(
     media = []
     for path in _paths(record):
         try:
-            media.append(store((folder / path).read_bytes()))
+            media.append(store(_read(folder / path)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return read_record(record, key=key, media=tuple(media))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 def read_record(record: dict[str, Any], *, key: str, media: tuple[Media, ...]) -> Example:

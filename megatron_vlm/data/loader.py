@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vlm.batch import Batch
@@ -21,13 +22,14 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data import manifest
 from megatron_vlm.data import mixture as mixtures
 from megatron_vlm.data.balance import deal
-from megatron_vlm.data.collate import Collator, MicroBatch
+from megatron_vlm.data.collate import Collator, MicroBatch, silenced
+from megatron_vlm.data.faults import Fault
 from megatron_vlm.data.order import MixtureOrder, OnePassOrder
-from megatron_vlm.data.plan import Planner, Row, padding_row
+from megatron_vlm.data.plan import Planner, Row, Sample, padding_row
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tokens import Tokenizer
 from megatron_vlm.data.tree import TreeSettings
-from megatron_vlm.data.workers import Workers
+from megatron_vlm.data.workers import Made, Workers
 
 #: Steps that are made ahead of the one in use.
 STEPS_AHEAD = 2
@@ -53,6 +55,8 @@ class Step:
 
     micro_batches: tuple[Batch, ...]
     """This rank's."""
+    planned: tuple[MicroBatch, ...]
+    """What they were made of."""
     window: int
     """Window and place in it of the step's first row."""
     offset: int
@@ -65,6 +69,8 @@ class Step:
     """`data set/key` of every sample, row by row: the same on every layout."""
     keys_hash: str
     """sha256 of the keys, one a line, and of the bounds of the rows."""
+    weights: tuple[float, ...]
+    """Sum of the loss weights of every sample as planned, in the order of `keys`."""
     loss_weight: float
     """Sum of the loss weights of this data rank's rows."""
     global_loss_weight: float
@@ -77,8 +83,33 @@ class Step:
     """Image placeholders."""
     crops: int
     samples: int
-    skipped: tuple[str, ...] = ()
-    """`data set/key` of samples whose media failed and were passed over."""
+    cut_tokens: int
+    """Tokens that rows have no place for, and what else of samples was left out (see TokenizedExample)."""
+    dropped_branches: int
+    dropped_images: int
+    cut: tuple[str, ...]
+    """`data set/key` of the samples that these belong to."""
+    skipped: tuple[Fault, ...] = ()
+    """Samples that could not be loaded and are passed over, as they stand in `keys`: all that could not be planned, and
+    those whose media this rank failed to read. Ranks that share the step must exchange them (train/faults.py)."""
+
+    def without(self, faults: Iterable[Fault]) -> Step:
+        """The step with these samples silenced too. Nothing else changes: not a place, not a shape."""
+        # The same fault on every layout, where several of a sample's files fail.
+        known = {fault.sample: fault for fault in sorted({*faults, *self.skipped}, reverse=True)}
+        if not known:
+            return self
+        batches = zip(self.micro_batches, self.planned, strict=True)
+        mine = [sample for micro_batch in self.planned for row in micro_batch.rows for sample in row.samples]
+        return replace(
+            self,
+            micro_batches=tuple(silenced(batch, micro_batch, known) for batch, micro_batch in batches),
+            loss_weight=sum(_weight(sample) for sample in mine if sample.key not in known),
+            global_loss_weight=sum(
+                weight for key, weight in zip(self.keys, self.weights, strict=True) if key not in known
+            ),
+            skipped=tuple(known[key] for key in self.keys if key in known),
+        )
 
 
 class Loader:
@@ -117,10 +148,12 @@ class Loader:
             _check_sources(self.sources, sizes, split, shards)
         order = (OnePassOrder if one_pass else MixtureOrder)(self.sources, sizes, rates, data.seed)
         settings = TreeSettings.of(data, tokenizer, arch)
+        skips = data.bad_samples == "skip"
         geometry = settings.geometry
         self._planner = Planner(
             shards, split, self.sources, tuple(m.weight for m in mixture.members), order, settings, arch, data.window,
             tuple(m.high_resolution for m in mixture.members),
+            skips,
         )  # fmt: skip
         self._identity = {
             "manifest": shards.hash,
@@ -142,17 +175,17 @@ class Loader:
             self._identity["videos"] = f"{data.frames_per_second} {data.max_frames} {geometry.video_pool}"
         self._position = (0, 0) if state is None else self._checked(state)
         self._steps = 0 if state is None else int(state.get("steps", 0))
-        self._workers = Workers(Collator(shards, geometry, data.sequence_length), data.workers)
+        self._workers = Workers(Collator(shards, geometry, data.sequence_length, skips), data.workers)
         self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self.keys: tuple[str, ...] = ()
         """`data set/key` of this rank's samples in the step handed out last, or waited for."""
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from the loader's position on; the position moves with each step that is handed out."""
-        ahead: deque[tuple[dict[str, Any], tuple[str, ...], list[Future[Batch]]]] = deque()
+        ahead: deque[tuple[dict[str, Any], list[Future[Made]]]] = deque()
         for facts, micro_batches in self._planned_steps(*self._position):
-            keys = tuple(sample.key for micro in micro_batches for row in micro.rows for sample in row.samples)
-            ahead.append((facts, keys, [self._workers.submit(micro_batch) for micro_batch in micro_batches]))
+            facts["planned"] = tuple(micro_batches)
+            ahead.append((facts, [self._workers.submit(micro_batch) for micro_batch in micro_batches]))
             if len(ahead) > STEPS_AHEAD:
                 yield self._finished(*ahead.popleft())
         while ahead:
@@ -186,12 +219,13 @@ class Loader:
             )
         return int(state["window"]), int(state["offset"])
 
-    def _finished(self, facts: dict[str, Any], keys: tuple[str, ...], futures: list[Future[Batch]]) -> Step:
-        self.keys = keys
-        step = Step(micro_batches=tuple(future.result() for future in futures), **facts)
+    def _finished(self, facts: dict[str, Any], futures: list[Future[Made]]) -> Step:
+        self.keys = tuple(s.key for micro in facts["planned"] for row in micro.rows for s in row.samples)
+        made = [_result(planned, future) for planned, future in zip(facts["planned"], futures, strict=True)]
+        step = Step(micro_batches=tuple(batch for batch, _ in made), **facts)
         self._position = (step.next_window, step.next_offset)
         self._steps += 1
-        return step
+        return step.without(fault for _, faults in made for fault in faults)
 
     def _planned_steps(self, window: int, offset: int) -> Iterator[tuple[dict[str, Any], list[MicroBatch]]]:
         """What is known of each step without pixels, and this rank's micro-batches."""
@@ -231,6 +265,7 @@ class Loader:
             MicroBatch(tuple(rows[i] for i in batch), share.crop_rank, share.crop_ranks, share.crops) for batch in dealt
         ]
         samples = [sample for row in rows for sample in row.samples]
+        weights = tuple(_weight(sample) for sample in samples)
         lines = ["\n".join(sample.key for sample in row.samples) for row in rows]
         facts = {
             "window": start[0],
@@ -240,15 +275,31 @@ class Loader:
             "rows": tuple(row.number for row in rows),
             "keys": tuple(sample.key for sample in samples),
             "keys_hash": hashlib.sha256("\n\n".join(lines).encode()).hexdigest(),
-            "loss_weight": sum(_loss_weight(rows[i]) for batch in dealt for i in batch),
-            "global_loss_weight": sum(_loss_weight(row) for row in rows),
+            "weights": weights,
+            "loss_weight": sum(_weight(sample) for batch in dealt for i in batch for sample in rows[i].samples),
+            "global_loss_weight": sum(weights),
             "tokens": len(rows) * self._config.data.sequence_length,
             "useful_tokens": sum(row.tokens for row in rows),
             "image_tokens": sum(layout.placeholders for sample in samples for layout in sample.content.layouts),
             "crops": sum(row.crops for row in rows),
             "samples": len(samples),
+            **{name: sum(getattr(sample.content, name) for sample in samples) for name in _LOSSES},
+            "cut": tuple(sample.key for sample in samples if any(getattr(sample.content, name) for name in _LOSSES)),
+            "skipped": tuple(sample.fault for sample in samples if sample.fault),
         }
         return facts, micro_batches
+
+
+def _result(planned: MicroBatch, future: Future[Made]) -> Made:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        rows = ", ".join(str(row.number) for row in planned.rows)
+        raise ValueError(
+            f"a decoding process ended while it made rows {rows} or the next ones. It was killed (out of memory, or by "
+            "a fault of a decoder), or it could not start: then its own error stands above. Lower data.workers; "
+            "data.workers=0 decodes in this process."
+        ) from error
 
 
 #: Settings that decide what the rows hold, beside the files.
@@ -265,8 +316,12 @@ _SETTINGS = (
 )
 
 
-def _loss_weight(row: Row) -> float:
-    return sum(float(sample.content.loss_weights.sum()) for sample in row.samples)
+#: What a sample can lose when it is made into tokens.
+_LOSSES = ("cut_tokens", "dropped_branches", "dropped_images")
+
+
+def _weight(sample: Sample) -> float:
+    return float(sample.content.loss_weights.sum())
 
 
 def _check_shares(config: Config, share: Share) -> None:

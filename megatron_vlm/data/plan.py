@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.data.balance import row_cost, sample_work
+from megatron_vlm.data.faults import Fault, reason
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.order import Draw, MixtureOrder, OnePassOrder
 from megatron_vlm.data.pack import pack
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tree import TokenizedExample, TreeSettings, tokenize
+from megatron_vlm.data.tree import TokenizedExample, TreeSettings, nothing, tokenize
 
 #: A row's number in the run's order is window * ROWS_PER_WINDOW + its place in the window.
 ROWS_PER_WINDOW = 1 << 24
@@ -27,6 +28,8 @@ class Sample:
     media: tuple[str, ...]
     """Keys of its images or its video."""
     content: TokenizedExample
+    fault: Fault | None = None
+    """Why it could not be planned. It has no tokens then: a hole that counts as a sample of its row."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,13 @@ class Planner:
     length: int
     """Draws of a window."""
     high_resolution: tuple[float, ...] = ()
+    skips: bool = False
+    """Whether a sample that cannot be planned leaves a hole."""
 
     def plan(self, window: int) -> list[Row] | None:
         """The rows of a window in a random order; None after the last window of a single pass.
 
-        Raises ValueError, naming the sample, for one that cannot be planned.
+        Raises ValueError, naming the sample, for one that cannot be planned, without `skips`.
         """
         draws = self.order.window(window, self.length)
         if draws is None:
@@ -87,6 +92,16 @@ class Planner:
 
     def _sample(self, draw: Draw) -> Sample:
         source = self.sources[draw.source]
+        try:
+            return self._tokenized(draw, source)
+        except Exception as error:  # a stranger's record may be anything
+            key = f"{source}/{self.shards.key(source, self.split, draw.place)}"
+            fault = Fault(key, f"samples/{source}.{self.split}.arrow", f"sample {draw.place}", reason(error))
+            if self.skips:
+                return Sample(key, draw.source, (), nothing(), fault)
+            raise fault.error from error
+
+    def _tokenized(self, draw: Draw, source: str) -> Sample:
         example = self.shards.example(source, self.split, draw.place)
         fine = self.high_resolution[draw.source] if self.high_resolution else 0.0
         content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source], fine)

@@ -76,6 +76,10 @@ class Shards:
         """Keys of a split's samples in order."""
         return self._table(dataset, split).keys()
 
+    def key(self, dataset: str, split: str, index: int) -> str:
+        """Key of sample `index` of a split; readable where its record is damaged."""
+        return self._table(dataset, split).key(index)
+
     def media(self, key: str) -> bytes:
         """Bytes of a stored file by its sha256. Raises ValueError where it is missing or lies outside its shard."""
         row = self._media_row(key)
@@ -87,6 +91,21 @@ class Shards:
                 f"offset {offset}: it was cut or changed after opening."
             )
         return data
+
+    def unsorted(self) -> str:
+        """The first key of the media index that does not come after the one before it, so that files are not found;
+        "" where there is none."""
+        wrong = np.flatnonzero(self._media_keys[1:] <= self._media_keys[:-1])
+        return self._media_keys[int(wrong[0]) + 1].ljust(32, b"\0").hex() if len(wrong) else ""
+
+    def place(self, key: str) -> tuple[str, str]:
+        """Where a stored file lies, for a message: the shard, and `1234 bytes at offset 512`."""
+        try:
+            row = self._media_row(key)
+        except ValueError:
+            return "media.arrow", f"no entry {key}"
+        shard = self.manifest["media"]["shards"][int(self._media_shard[row])]
+        return shard, f"{self._media_size[row]} bytes at offset {self._media_offset[row]}"
 
     @property
     def has_videos(self) -> bool:
@@ -224,6 +243,12 @@ class _Samples:
 
     def keys(self) -> list[str]:
         return self._keys.to_pylist()
+
+    def key(self, index: int) -> str:
+        try:
+            return self._keys[index].as_py()
+        except UnicodeDecodeError:
+            return f"sample_{index}"
 
 
 def _mapped(path: Path) -> pa.Table:

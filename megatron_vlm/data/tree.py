@@ -158,6 +158,22 @@ def tokenize(
     return _assemble(parts, layouts, dropped, settings, flat_weight, left_out)
 
 
+def nothing() -> TokenizedExample:
+    """A sample without tokens."""
+    ids = np.empty(0, dtype=np.int64)
+    return TokenizedExample(
+        tokens=ids,
+        targets=ids,
+        loss_weights=ids.astype(np.float32),
+        positions=ids,
+        branches=ids.astype(np.int32),
+        is_vision=ids.astype(bool),
+        layouts=(),
+        dropped_branches=0,
+        cut_tokens=0,
+    )
+
+
 def media_layouts(example: Example, settings: TreeSettings, *, high_resolution: bool = False) -> tuple[Layout, ...]:
     """How the sample's images, or its video, are shown; at most `settings.max_images` images.
 

@@ -20,13 +20,18 @@ def verify(directory: str | Path) -> list[str]:
     Raises ValueError where the directory cannot be opened at all.
     """
     shards = Shards(directory)
-    return [*_files(shards), *_media(shards), *_samples(shards)]
+    return [*_files(shards), *_index(shards), *_media(shards), *_samples(shards)]
 
 
 def _files(shards: Shards) -> Iterator[str]:
     for name, entry in shards.manifest["files"].items():
         if file_sha256(shards.directory / name) != entry["sha256"]:
             yield f"{name}: its sha256 is not the manifest's."
+
+
+def _index(shards: Shards) -> Iterator[str]:
+    if key := shards.unsorted():
+        yield f"media.arrow: {key} does not come after the key before it: the index is unsorted, or has a key twice."
 
 
 def _media(shards: Shards) -> Iterator[str]:
@@ -42,18 +47,25 @@ def _media(shards: Shards) -> Iterator[str]:
         with path.open("rb") as file:
             for member in members:
                 file.seek(member.offset)
-                data = file.read(member.size)
-                if hashlib.sha256(data).hexdigest() != member.key:
-                    yield f"{name}: {member.key} at offset {member.offset}: the content's sha256 is another one."
-                elif shards.media(member.key) != data:
-                    yield f"{name}: {member.key} at offset {member.offset}: the index points elsewhere."
-                elif fault := _timeline_fault(shards, member.key, data):
+                if fault := _fault(shards, member.key, file.read(member.size)):
                     yield f"{name}: {member.key} at offset {member.offset}: {fault}"
         headers = [member.header for member in members]
         if not np.array_equal(read_offsets(path.with_name(path.name + ".idx"))[:-1], np.asarray(headers, dtype="<u8")):
             yield f"{name}.idx: its offsets are not the tar's."
     if listed != shards.manifest["media"]["count"]:
         yield f"the tars hold {listed} files, the manifest says {shards.manifest['media']['count']}."
+
+
+def _fault(shards: Shards, key: str, data: bytes) -> str:
+    """What is wrong with a file of a tar; "" where it is sound."""
+    if hashlib.sha256(data).hexdigest() != key:
+        return "the content's sha256 is another one."
+    try:
+        if shards.media(key) != data:
+            return "the index points elsewhere."
+    except ValueError:
+        return "the index does not lead to it."
+    return _timeline_fault(shards, key, data)
 
 
 def _timeline_fault(shards: Shards, key: str, data: bytes) -> str:

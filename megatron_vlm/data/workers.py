@@ -16,6 +16,7 @@ import torch.multiprocessing  # noqa: F401  (teaches multiprocessing to pass ten
 
 from megatron_vlm.batch import Batch
 from megatron_vlm.data.collate import Collator, MicroBatch
+from megatron_vlm.data.faults import Fault
 
 #: Threads that decode images side by side where there are no worker processes.
 THREADS = 4
@@ -24,6 +25,9 @@ _TO_THE_TRAINER = {signal.SIGTERM, signal.SIGUSR1}
 _LEAVE_S = 60.0
 
 _collator: Collator | None = None
+
+#: A batch, and what of it could not be read.
+Made = tuple[Batch, tuple[Fault, ...]]
 
 
 class Workers:
@@ -52,11 +56,11 @@ class Workers:
             threads = min(THREADS, os.cpu_count() or 1)
             self._images = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def submit(self, micro_batch: MicroBatch) -> Future[Batch]:
-        """The batch of these rows, later."""
+    def submit(self, micro_batch: MicroBatch) -> Future[Made]:
+        """The batch of these rows, later; see Collator.attempt."""
         if self._images is None:
             return self._pool.submit(_made, micro_batch)
-        return self._pool.submit(self._collator, micro_batch, self._images.map)
+        return self._pool.submit(self._collator.attempt, micro_batch, self._images.map)
 
     def close(self) -> None:
         """Stop; batches not yet begun are given up."""
@@ -102,6 +106,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _made(micro_batch: MicroBatch) -> Batch:
+def _made(micro_batch: MicroBatch) -> Made:
     assert _collator is not None
-    return _collator(micro_batch)
+    return _collator.attempt(micro_batch)

@@ -11,11 +11,13 @@ nothing that looks finished. Equal input in equal order gives equal bytes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -51,6 +53,8 @@ SAMPLE_SCHEMA = pa.schema(
         ("characters", pa.int32()),
     ]
 )
+#: Errors of a disk that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Samples buffered before they go to disk as one Arrow record batch.
 BATCH_SAMPLES = 8192
 
@@ -88,15 +92,30 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        failure = error
         try:
-            if kind is None:
+            if error is None:
                 self._finish()
+        except OSError as failed:
+            failure = failed
+            if failed.errno not in FULL:
+                raise
         finally:
-            if self._tar is not None:
-                self._tar.close()
-            for samples in self._samples.values():
-                samples.abandon()
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._give_up()
+        if isinstance(failure, OSError) and failure.errno in FULL:
+            raise OSError(
+                failure.errno,
+                f"{os.strerror(failure.errno or 0)}: {self.directory} could not be written, and nothing of it is left. "
+                "Make room, or choose another directory",
+            ) from failure
+
+    def _give_up(self) -> None:
+        """Let go of all that is not under its final name."""
+        closings = [samples.abandon for samples in self._samples.values()]
+        for close in (*closings, *([self._tar.close] if self._tar else [])):
+            with suppress(OSError):  # a full disk does not take the rest either
+                close()
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def add_image(self, data: bytes) -> Media:
         """Store an image file as it is, once however often it is added.

@@ -20,6 +20,8 @@ from megatron_vlm.plan.layers import FLOAT, Load, Settings
 
 #: Numbers that a step adds up over data-parallel ranks before it begins: weight sum and train.step's Work, float64.
 MEASURED_BYTES = 7 * 8
+#: Most failed samples of a rank, and a number that tells whether all planned the same rows, twice: int64.
+FAULTS_BYTES = 3 * 8
 #: Squared norms of the three components, float64.
 NORM_BYTES = 3 * 8
 
@@ -169,6 +171,8 @@ def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: i
     arch = presets.architecture(config.model)
     element = 4 if config.train.precision == "float32" else 2
     report = (1 + 2 * sources) * 8
+    if config.data.bad_samples == "skip":
+        yield Collective("all_reduce", "world", FAULTS_BYTES, 1, "samples that could not be loaded")
     yield Collective("all_reduce", "data", MEASURED_BYTES, 1, "loss weights and work of the step")
     yield Collective("all_reduce", "weights", report, 1, "losses")
     yield Collective("all_reduce", "pipeline", report, 1, "losses")

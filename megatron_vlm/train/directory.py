@@ -24,7 +24,7 @@ LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl", "norms.jsonl")
 #: Settings that may change between a checkpoint and the run that goes on from it: they do not touch what is learnt.
 MAY_CHANGE = (
     "run", "init", "parallel", "checkpoint", "guard", "eval", "log",
-    "data.workers", "train.micro_batch", "train.recompute", "train.logit_chunk",
+    "data.workers", "data.bad_samples", "data.bad_ceiling", "train.micro_batch", "train.recompute", "train.logit_chunk",
 )  # fmt: skip
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "webdataset", "pyarrow", "pillow", "transformer-engine")
 

@@ -19,12 +19,13 @@ from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.checkpoint.saver import Saver
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
+from megatron_vlm.data.faults import Fault
 from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel import process
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, ending, metrics, optim, recovery, resume, stragglers
+from megatron_vlm.train import directory, ending, faults, metrics, optim, recovery, resume, stragglers
 from megatron_vlm.train.ending import Ending, Watch
 from megatron_vlm.train.guard import Guard
 from megatron_vlm.train.lock import Lock
@@ -44,7 +45,7 @@ def train(config: Config, layout: Layout) -> Ending:
     """
     metrics.check(config)
     folder, first = directory.path(config), dist.get_rank() == 0
-    counters = {"skipped_steps": 0, "skipped_samples": 0, "spikes": 0, "rollbacks": 0}
+    counters = {"skipped_steps": 0, "drawn_samples": 0, "skipped_samples": 0, "spikes": 0, "rollbacks": 0}
     progress = Progress(0, counters, Guard(config.guard))
     with ExitStack() as stack:
         watch = stack.enter_context(Watch(config.run, folder))
@@ -96,6 +97,8 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, wat
         with pulse.during("data"):
             fetched = next(batches)
         waited_s = time.perf_counter() - began
+        fetched = faults.settle(fetched, config.data.bad_samples)
+        faults.check(config, progress.counters, fetched)
         with traced(directory.path(config), step, config.log.profile):
             outcome = stepper.train(fetched.micro_batches, step, progress.guard.judge)
         if outcome.event:
@@ -107,13 +110,20 @@ def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, wat
         progress.step, counters = step, progress.counters
         counters["skipped_steps"] += not outcome.applied
         counters["spikes"] += outcome.event is not None
+        counters["drawn_samples"] += fetched.samples
         counters["skipped_samples"] += len(fetched.skipped)
         record = _record(config, step, fetched, outcome) | counters
         record |= _speed(config, outcome, time.perf_counter() - began, waited_s) | {"save_wait_s": save_wait_s}
+        ledger, skipped = _ledger(fetched), fetched.skipped
         if _due(step, config.eval.every):
-            record |= _evaluate(config, stepper, share)
+            scores, unread = _evaluate(config, stepper, share)
+            record |= scores
+            skipped += unread
+            ledger |= {"eval_skipped": [faults.entry(fault) for fault in unread]} if unread else {}
         if reporter:
-            reporter.step(record, _ledger(fetched))
+            for fault in skipped:
+                reporter.say(f"step {step}  skipped {fault}")
+            reporter.step(record, ledger)
         if _due(step, config.log.norms_every) and outcome.norms:
             norms = stepper.module_norms(outcome)
             if reporter:
@@ -214,8 +224,8 @@ def _share(layout: Layout) -> Share:
     )
 
 
-def _evaluate(config: Config, stepper: Stepper, share: Share) -> dict[str, float]:
-    """Loss on the first `eval.rows` held-out rows, always the same ones."""
+def _evaluate(config: Config, stepper: Stepper, share: Share) -> tuple[dict[str, float], tuple[Fault, ...]]:
+    """Loss on the first `eval.rows` held-out rows, always the same ones, and what of them could not be loaded."""
     began = time.perf_counter()
     loader = _held_out(config, share)
     if loader.sources != stepper.sources:
@@ -225,10 +235,13 @@ def _evaluate(config: Config, stepper: Stepper, share: Share) -> dict[str, float
             "goes on from its latest checkpoint."
         )
     count = max(1, config.eval.rows // config.train.global_batch)
-    outcome = stepper.evaluate(_micro_batches(itertools.islice(iter(loader), count)))
+    unread: list[Fault] = []
+    steps = (faults.settle(step, config.data.bad_samples) for step in itertools.islice(iter(loader), count))
+    outcome = stepper.evaluate(_micro_batches(steps, unread))
     loader.close()
     losses = {f"eval_loss/{name}": loss for name, loss in outcome.losses.items()}
-    return {"eval_loss": outcome.loss, **losses, "eval_time_s": time.perf_counter() - began}
+    record = {"eval_loss": outcome.loss, **losses, "eval_time_s": time.perf_counter() - began}
+    return record | ({"eval_skipped_samples": len(unread)} if unread else {}), tuple(unread)
 
 
 def _held_out(config: Config, share: Share) -> Loader:
@@ -241,8 +254,10 @@ def _held_out(config: Config, share: Share) -> Loader:
         ) from error
 
 
-def _micro_batches(steps: Iterator[Fetched]) -> Iterator[tuple[Batch, ...]]:
+def _micro_batches(steps: Iterator[Fetched], unread: list[Fault]) -> Iterator[tuple[Batch, ...]]:
+    """Those of each step; what the steps lack is added to `unread`."""
     for step in steps:
+        unread += step.skipped
         yield step.micro_batches
 
 
@@ -259,6 +274,9 @@ def _record(config: Config, step: int, fetched: Fetched, outcome: Outcome) -> di
         "image_tokens": fetched.image_tokens,
         "crops": fetched.crops,
         "samples": fetched.samples,
+        "cut_tokens": fetched.cut_tokens,
+        "dropped_branches": fetched.dropped_branches,
+        "dropped_images": fetched.dropped_images,
         "fill": fetched.useful_tokens / fetched.tokens,
         "loss_weight": outcome.weight,
         **{f"loss/{name}": loss for name, loss in outcome.losses.items()},
@@ -284,5 +302,6 @@ def _ledger(fetched: Fetched) -> dict[str, Any]:
         "window": fetched.window,
         "offset": fetched.offset,
         "keys_hash": fetched.keys_hash,
-        "skipped": list(fetched.skipped),
+        "skipped": [faults.entry(fault) for fault in fetched.skipped],
+        "cut": list(fetched.cut),
     }

@@ -23,7 +23,7 @@ from megatron_vlm.data.unpacked import UnpackedLoader
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel import groups
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import loop, optim, parity, pieces
+from megatron_vlm.train import faults, loop, optim, parity, pieces
 from megatron_vlm.train.step import Stepper
 from megatron_vlm.train.trial import Plan
 
@@ -51,7 +51,7 @@ def run(config: Config, plan: Plan) -> dict[str, Any] | None:
         batches = iter(loader)
         for step in range(first, plan.last + 1):
             if step > first:
-                fetched = next(batches)
+                fetched = faults.settle(next(batches), config.data.bad_samples)
                 trainer.watches = plan.compares or plan.writes
                 outcome = trainer.train(fetched.micro_batches, step)
                 told = {"step": step, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "norms": outcome.norms}

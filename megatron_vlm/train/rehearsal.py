@@ -41,7 +41,7 @@ def rehearse(
     """
     with rank_of(layout, rank), Pretend() as pretend:
         from megatron_vlm.model.build import build
-        from megatron_vlm.train import optim
+        from megatron_vlm.train import faults, optim
         from megatron_vlm.train.step import Stepper
 
         say("building")
@@ -61,6 +61,8 @@ def rehearse(
                    for number in range(count)]  # fmt: skip
         pretend.calls.clear()
         pretend.peak = pretend.live
+        if config.data.bad_samples == "skip":
+            faults.most(0, 0)
         stepper.train(batches, 1)
         return Rehearsal(pretend.calls, static, pretend.peak)
 

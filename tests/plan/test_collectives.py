@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 LAYOUTS = [
     ("data", 4, []),
     ("tensor", 4, ["parallel.tensor=2"]),
-    ("sequence", 2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    ("sequence", 2, ["parallel.tensor=2", "parallel.sequence=true", "data.bad_samples=skip"]),
     ("context", 4, ["parallel.context=2", "train.recompute=selective"]),
     ("gather", 4, ["parallel.context=4", "parallel.context_method=gather", "train.recompute=full"]),
     ("heads and gather", 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=4",

@@ -183,7 +183,8 @@ def test_a_step_of_a_run_is_listed(folder: Path, capsys: pytest.CaptureFixture[s
     (folder / "run" / "config.yaml").write_text(load.dump(config))
     steps, loader = [], Loader(config, presets.architecture(config.model), Share())
     for number, step in zip(range(1, 6), loader, strict=False):
-        ledger = {"window": step.window, "offset": step.offset, "keys_hash": step.keys_hash, "skipped": step.keys[:1]}
+        ledger = {"window": step.window, "offset": step.offset, "keys_hash": step.keys_hash,
+                  "skipped": [{"key": step.keys[0], "reason": "broken"}]}  # fmt: skip
         steps.append(json.dumps({"step": number} | ledger))
         if number == 4:
             wanted = step.keys
@@ -193,7 +194,7 @@ def test_a_step_of_a_run_is_listed(folder: Path, capsys: pytest.CaptureFixture[s
     asked = ["--run", str(folder / "run"), "--step", "4", "--out", str(folder / "look")]
     inspect_data.main(asked)
     told = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in told] == list(wanted) and "skipped" in told[0]
+    assert [line.split()[0] for line in told] == list(wanted) and "skipped: broken" in told[0]
     assert (folder / "look" / "index.html").read_text().count("<article>") == min(12, len(set(wanted)))
     with pytest.raises(SystemExit, match="has no step 9; it has steps 1 to 5"):
         inspect_data.main([*asked[:3], "9"])
