@@ -178,7 +178,7 @@ def test_a_file_that_is_bad_on_one_machine_is_left_out_everywhere(tmp_path, pool
     for number in range(60):
         for media in shards.example("captions", "train", number).media:
             blank_media(tmp_path / "b" / "shards", media.key)
-    first, second = pool(2).run(_settled, settings, [tmp_path / "a", tmp_path / "b"], timeout_s=60)
+    first, second = pool(2).run(_settled, settings, [tmp_path / "a", tmp_path / "b"], timeout_s=120)
     assert first == second and first[0] and all(key.startswith("captions/") for key in first[0])
 
 
@@ -189,7 +189,7 @@ def test_a_record_that_is_bad_on_one_machine_is_told(tmp_path, pool):
         spoil_record(tmp_path / "b" / "shards", "text", "train", f"text-{number}")
     settings = _settings(tmp_path / "a", tmp_path / "run")
     with pytest.raises(Exception, match="ranks planned different rows at window 0, row 0"):
-        pool(2).run(_settled, settings, [tmp_path / "a", tmp_path / "b"], timeout_s=60)
+        pool(2).run(_settled, settings, [tmp_path / "a", tmp_path / "b"], timeout_s=120)
 
 
 def test_without_a_failure_the_batches_are_the_loader_s_own(tmp_path, one_rank):
