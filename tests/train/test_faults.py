@@ -23,7 +23,7 @@ def _trained(settings):
     from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import loop
 
-    layout = Layout.of(settings.parallel, dist.get_world_size())
+    layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
     return dataclasses.asdict(loop.train(settings, layout))
 
@@ -158,7 +158,7 @@ def _settled(settings, folders):
     from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import faults, loop
 
-    layout = Layout.of(settings.parallel, dist.get_world_size())
+    layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=0, timeout_s=30)
     own = dataclasses.replace(settings.data, manifest=str(folders[dist.get_rank()] / "shards"))
     config = dataclasses.replace(settings, data=own)
