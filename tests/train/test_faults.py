@@ -73,7 +73,7 @@ def _lines(path):
 
 def _told(run):
     """What a run reported, times left out."""
-    clocks = ("step_time_s", "data_wait_s", "model_flops_per_s", "mfu", "eval_time_s")
+    clocks = ("step_time_s", "data_wait_s", "save_wait_s", "model_flops_per_s", "mfu", "eval_time_s")
     metrics = [{k: v for k, v in line.items() if k not in clocks} for line in _lines(run / "metrics.jsonl")]
     return metrics, _lines(run / "ledger.jsonl")
 
