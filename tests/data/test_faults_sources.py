@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pickle
 from pathlib import Path
 
 import av
@@ -154,22 +152,6 @@ def test_a_caption_of_length_zero_is_named(tmp_path: Path) -> None:
                               "c.json": b'{"caption": ""}', "d.png": image(3), "d.txt": b"Good."})  # fmt: skip
     samples, faults = read(path, tmp_path=tmp_path)
     assert set(samples) == {"d"} and len(faults) == 3
-
-
-class Harm:
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (self.path,)
-
-
-def test_no_decoder_runs_on_its_own(tmp_path: Path) -> None:
-    """webdataset's automatic decoders would load pickles and tensors by their extension."""
-    harm = pickle.dumps(Harm(str(tmp_path / "harm")))
-    path = foreign(tmp_path, {"a.png": image(0), "a.txt": b"A.", "a.pyd": harm, "a.pickle": harm, "a.pth": harm})
-    samples, _ = read(path, tmp_path=tmp_path)
-    assert set(samples) == {"a"} and not (tmp_path / "harm").exists()
 
 
 def test_an_empty_caption_of_a_downloaded_set_is_counted_and_named(tmp_path: Path) -> None:
