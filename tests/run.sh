@@ -9,10 +9,9 @@ root="$(cd "$(dirname "$0")/.." && pwd)"
 prepare_environment "$root" tests || exit 1
 cd "$root" || exit 1
 
-# Two files of tests at a time; the slow tests start several processes each and run alone.
-selection=(-m "not slow" -n 2 --dist loadfile)
+full=false
 if [ "${1:-}" = full ]; then
-    selection=()
+    full=true
     shift
 fi
 # The tests run several processes on few cores.
@@ -22,5 +21,9 @@ failed=0
 "$PYTHON" -m ruff check . || failed=1
 "$PYTHON" -m ruff format --check --quiet . || { failed=1; echo "ruff format would change files: run it."; }
 "$PYTHON" -m mypy || failed=1
-"$PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@" || failed=1
+# Two files of tests at a time; the slow tests start several processes each and run alone.
+"$PYTHON" -m pytest -m "not slow" -n 2 --dist loadfile "$@" || failed=1
+if $full; then
+    "$PYTHON" -m pytest -m slow "$@" || failed=1
+fi
 exit $failed
