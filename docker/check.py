@@ -1,4 +1,4 @@
-"""python docker/check.py gpu|cpu: what an image must import, with its versions; names what is missing and exits with 1."""
+"""python docker/check.py gpu|cpu: what an image must import, with versions; names what is missing and exits with 1."""
 
 from __future__ import annotations
 
