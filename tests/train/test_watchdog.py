@@ -65,7 +65,7 @@ def _asleep(config, where: str, victim: int) -> None:
         raise OSError(28, "No space left on device")
 
     owner, name, happens = {
-        "data": (Collator, "__call__", lambda *_: time.sleep(200)),
+        "data": (Collator, "attempt", lambda *_: time.sleep(200)),
         # Holds Python's lock all the while: no thread of this process gets a turn.
         "forward": (VlmModel, "forward", lambda *_: ctypes.PyDLL(None).sleep(200)),
         "collective": (Stepper, "_agreed", lambda *_: time.sleep(200)),
