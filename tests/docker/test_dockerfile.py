@@ -46,6 +46,7 @@ def test_images_are_checked_when_built_and_do_not_run_as_root(stage):
     assert any(f"docker/check.py {stage}" in words for name, words in names if name == "RUN")
 
 
+@pytest.mark.slow
 def test_the_check_names_what_is_missing():
     done = subprocess.run(
         [sys.executable, str(ROOT / "docker" / "check.py"), "gpu"], capture_output=True, text=True, timeout=120

@@ -18,7 +18,7 @@ LAYOUTS = {
     "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "cp2": (2, {"context": 2}),
 }
-FAST = (("tp2_sp", "trainable_vision"), ("dp2", "trainable_vision"))
+FAST = (("dp2", "trainable_vision"),)
 FROZEN = {"frozen_vision": ("vision", "base_embeddings"), "trainable_vision": ("base_embeddings",)}
 
 
