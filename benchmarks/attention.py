@@ -10,7 +10,6 @@ image block that sees itself both ways. Memory: most bytes that operators held a
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -110,12 +109,9 @@ def memory(length: int, images: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__)
     parser.add_argument("--length", type=int, default=8192, help="tokens in the row")
     parser.add_argument("--samples", type=int, nargs="+", default=COUNTS, help="samples in the row")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with trainers.alone():

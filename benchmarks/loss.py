@@ -10,7 +10,6 @@ once beyond the hidden states and the head, for 64 loss tokens after prompts of 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -88,11 +87,8 @@ def memory(prompt: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with trainers.alone():

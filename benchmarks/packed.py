@@ -11,7 +11,6 @@ samples, a shared picture counted once, for both sides alike. Decoding and packi
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -100,14 +99,11 @@ def measure(steps: int, count: int, rounds: int, precision: str, clock: Any) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of 16 rows")
     parser.add_argument("--sequences", type=int, default=8, help="sequences in a padded batch")
     parser.add_argument("--precisions", nargs="+", default=["float32", "bf16"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processor-time", action="store_true", help="on a busy machine; implies --dry-run")
-    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     clock = time.process_time if asked.processor_time else time.perf_counter

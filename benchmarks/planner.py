@@ -9,7 +9,6 @@ both reached. Its operators are those of a GPU run. A share of 0.8 means that th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +64,9 @@ def measure(size: str, kind: str, precision: str, gpu: hardware.Gpu, rounds: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__)
     parser.add_argument("--sizes", nargs="+", default=["small", "0.6B widths"], choices=trainers.ARCHITECTURES)
     parser.add_argument("--rows", nargs="+", default=["text", "image"], choices=["text", "image", "video"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     with trainers.alone():

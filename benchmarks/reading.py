@@ -250,7 +250,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="JPEG files (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds (default: %(default)s)")
     parser.add_argument("--work", type=Path, help="where the shards are built (a temporary directory)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=asked.work) as work:
@@ -274,13 +273,10 @@ def main() -> None:
                 decoded["ours"] / decoded["webdataset"], at_640["pixels ratio"])  # fmt: skip
     result["key"] = {name: round(ratio, 3) for name, ratio in zip(TARGETS, measured, strict=True)}
     result["summary"] = summary(result)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "reading.json").write_text(json.dumps(result, indent=1) + "\n")
-    line = {"date": time.strftime("%Y-%m-%d"), "commit": record.commit(), "benchmark": "reading", **result["key"]}
-    with (asked.out / "history.jsonl").open("a", encoding="utf-8") as history:
-        history.write(json.dumps(line) + "\n")
+    (record.RESULTS / "reading.json").write_text(json.dumps(result, indent=1) + "\n")
+    record.remember("reading", result["key"])
     text = report(result)
-    (asked.out / "reading.md").write_text(text)
+    (record.RESULTS / "reading.md").write_text(text)
     print(text)
     missed = [name for name, asked_for in TARGETS.items() if result["key"][name] < asked_for]
     if missed:

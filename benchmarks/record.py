@@ -6,6 +6,7 @@ Results of benchmark NAME: `results/NAME.json` (everything), `results/NAME.md` (
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib.metadata
 import json
@@ -22,6 +23,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "megatron-core", "transformers")
+
+
+def options(description: str | None, rounds: int = 3, threads: bool = True) -> argparse.ArgumentParser:
+    """The command line that all share; a benchmark adds its own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if threads:
+        parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measured runs of each (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
+    return parser
 
 
 def alternate(
@@ -122,7 +133,12 @@ def write(
     described = ", ".join(f"{label} {value}" for label, value in about["machine"].items() if value is not None)
     text = f"# {name}\n\n{what}\n\n{table(rows)}\n\nCommit {about['commit']}, {about['date']}. {described}.\n"
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    line = {"date": about["date"], "commit": about["commit"], "benchmark": name, **key}
+    remember(name, key)
+    print(text)
+
+
+def remember(name: str, key: Mapping[str, float]) -> None:
+    """A line of the history."""
+    line = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "benchmark": name, **key}
     with (RESULTS / "history.jsonl").open("a", encoding="utf-8") as history:
         history.write(json.dumps(line) + "\n")
-    print(text)

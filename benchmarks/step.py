@@ -11,7 +11,6 @@ weights, which is what `transformers.Trainer(bf16=True)` does. A ratio below 1 m
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -105,14 +104,11 @@ def summary(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", default=list(trainers.ARCHITECTURES), choices=trainers.ARCHITECTURES)
     parser.add_argument("--rows", nargs="+", default=["text", "image", "video"], choices=["text", "image", "video"])
     parser.add_argument("--precisions", nargs="+", default=list(BASELINES), choices=BASELINES)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processor-time", action="store_true", help="on a busy machine; implies --dry-run")
-    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     clock = time.process_time if asked.processor_time else time.perf_counter

@@ -9,7 +9,6 @@ that two can be; the counts of crops that each rank gets are those of the traine
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -63,11 +62,9 @@ def on_rank(world: int, size: str, crops: int, rounds: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__, rounds=5, threads=False)
     parser.add_argument("--crops", type=int, default=8)
     parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args()
     pools = {world: Pool(world) for world in (1, 2)}
     found: list[dict[str, Any]] = []
