@@ -42,6 +42,12 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--before", action="store_true", help="the weights before training")
     parser.add_argument("--draw", type=Path, help="picture or film to write (a folder with --sample)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--stop", action="append", default=[], help="end an answer after this text; may be repeated")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) = the likeliest token each time")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many tokens only (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens seen become rarer")
+    parser.add_argument("--seed", type=int, default=6198, help="of the draws")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     asked = parser.parse_args(argv)
     if bool(asked.sample) == bool(asked.question):
@@ -52,6 +58,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("a prompt has images or a video, not both")
     if not asked.video and (asked.start or asked.end is not None or asked.rate):
         parser.error("--start, --end and --rate are about a --video")
+    if asked.sample and (asked.temperature or asked.stop or asked.repetition_penalty != 1):
+        parser.error("--sample answers with the likeliest tokens: how to draw is for a question of yours")
     if asked.draw and asked.question:
         if not (asked.image or asked.video):
             parser.error("--draw needs an --image or a --video to draw on")
@@ -102,14 +110,21 @@ def _own_media(asked: argparse.Namespace) -> tuple[Any, Any]:
 def _own(asked: argparse.Namespace, trained: Any, files: Any, sample: Any) -> None:
     """The user's media and questions."""
     from megatron_vlm.evaluate import tasks
-    from megatron_vlm.evaluate.generate import generate
+    from megatron_vlm.evaluate.decode import decode
+    from megatron_vlm.evaluate.sampling import Sampling
 
     most = trained.config.data.max_images
     if most and len(sample.media) > most:
         raise ValueError(f"{len(sample.media)} images: this model was trained with {most} at most (data.max_images).")
     prompt = tasks.asked(sample, files, asked.question, trained.tree)
-    (ids,) = generate(
-        trained.model, [prompt], trained.tokenizer, max_new_tokens=asked.max_new_tokens, device=trained.device
+    (ids,) = decode(
+        trained.model,
+        [prompt],
+        trained.tokenizer,
+        max_new_tokens=asked.max_new_tokens,
+        sampling=Sampling(asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty, asked.seed),
+        stop=asked.stop,
+        device=trained.device,
     )
     said = [trained.tokenizer.decode(answer) for answer in ids]
     for question, words in zip(asked.question, said, strict=True):
@@ -158,12 +173,13 @@ def _draw(store: Any, sample: Any, said: str, wanted: Any, path: Path, title: st
         draw.beside(pictures).save(path)
     else:
         key, start = sample.video.key, sample.clip.start if sample.clip else 0.0
-        about = {"start": start, "seconds": sample.seconds, "title": title}
-        film = store.media(key), store.timeline(key), said
+        film = draw.Film(
+            store.media(key), store.timeline(key), said, start=start, seconds=sample.seconds, title=title, true=wanted
+        )
         if path.suffix.lower() == ".mp4":
-            draw.write_film(path, *film, true=wanted, **about)
+            film.write(path)
         else:
-            draw.film_sheet(*film, true=wanted, **about).save(path)
+            film.sheet().save(path)
     print(f"  drawn: {path}")
 
 

@@ -33,6 +33,7 @@ def decode(
     row_tokens: int = 4096,
     device: torch.device | str = "cpu",
     said: Said = lambda prompt, question, token: None,
+    progress: Callable[[int], None] = lambda finished: None,
 ) -> list[list[list[int]]]:
     """Answers by prompt and question, as ids without the end of sequence.
 
@@ -40,6 +41,7 @@ def decode(
     sampling:   None = greedy. With draws, an answer depends on what is decoded beside it.
     stop:       strings after which an answer ends; the token that completes one is its last.
     row_tokens: most tokens of prompts in the first forward pass of a group, which is then answered together.
+    progress:   told the number of prompts just finished.
     Raises ValueError where a prompt and its answer are longer than the model's positions.
     """
     sampling = sampling or Sampling()
@@ -63,6 +65,7 @@ def decode(
                         item.open.remove(question)
 
             _answer(model, items, tokenizer, max_new_tokens, device, pick)
+            progress(len(items))
     return answers
 
 

@@ -5,7 +5,8 @@ Places are fractions of the picture, as in Point and Place; h, w are pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,62 +128,46 @@ def on_film(said: Sequence[Place], at: float, *, true: bool = False) -> list[Mar
     return marks
 
 
-def film_moments(timeline: Timeline, start: float, seconds: float) -> np.ndarray:
+@dataclass(frozen=True)
+class Film:
+    """A clip of a video, and what is drawn on its frames."""
+
+    data: bytes
+    """The file."""
+    timeline: Timeline
+    said: str
+    """An answer; the places that it names are drawn as crosses."""
+    start: float
+    seconds: float
+    """Of the clip in the file."""
+    title: str = ""
+    true: object = None
+    """The right answer, drawn as rings."""
+
+    def write(self, path: Path) -> int:
+        """As an MP4 (H.264); returns how many frames it has."""
+        moments = film_moments(self.timeline, self.seconds).tolist()
+        drawn = (np.asarray(picture) for picture in self._frames(moments))
+        path.write_bytes(encode.mp4(drawn, min(self.timeline.fps, FILM_FPS)))
+        return len(moments)
+
+    def sheet(self) -> Image.Image:
+        """Frames on one picture: those with places first, then evenly spread ones."""
+        named = {place.at for place in [*points.parse(self.said), *true_places(self.true)]}
+        moments = key_moments(sorted(at for at in named if at <= self.seconds), self.seconds, SHEET_FRAMES)
+        return beside(list(self._frames(moments)))
+
+    def _frames(self, moments: Sequence[float]) -> Iterator[Image.Image]:
+        """At these seconds of the clip."""
+        said, true = points.parse(self.said), true_places(self.true)
+        frames = video.read(self.data, self.timeline, [self.start + at for at in moments], name="film")
+        for at, pixels in zip(moments, frames, strict=True):
+            yield marked(pixels, [*on_film(true, at, true=True), *on_film(said, at)], f"{at:.1f} s  {self.title}")
+
+
+def film_moments(timeline: Timeline, seconds: float) -> np.ndarray:
     """Moments of the clip at which a drawn film shows a frame, in seconds from the clip's start."""
     return np.arange(0.0, seconds, 1 / min(timeline.fps, FILM_FPS)) if seconds > 0 else np.zeros(1)
-
-
-def write_film(
-    path: Path,
-    data: bytes,
-    timeline: Timeline,
-    said: str,
-    *,
-    start: float,
-    seconds: float,
-    title: str = "",
-    true: object = None,
-) -> int:
-    """The clip of a video with the places that `said` names, as an MP4 (H.264); returns how many frames it has.
-
-    start, seconds: of the clip in the file. true: the right answer, drawn as rings.
-    """
-    places, right = points.parse(said), true_places(true)
-    moments = film_moments(timeline, start, seconds)
-    frames = video.read(data, timeline, (moments + start).tolist(), name=path.name)
-    drawn = (
-        np.asarray(
-            marked(
-                pixels,
-                [*on_film(right, float(at), true=True), *on_film(places, float(at))],
-                f"{at:.1f} s  {title}",
-            )
-        )
-        for at, pixels in zip(moments, frames, strict=True)
-    )
-    path.write_bytes(encode.mp4(drawn, min(timeline.fps, FILM_FPS)))
-    return len(moments)
-
-
-def film_sheet(
-    data: bytes,
-    timeline: Timeline,
-    said: str,
-    *,
-    start: float,
-    seconds: float,
-    title: str = "",
-    true: object = None,
-) -> Image.Image:
-    """Frames of the clip on one picture: those with places first, then evenly spread ones. Else as `write_film`."""
-    places, right = points.parse(said), true_places(true)
-    moments = key_moments(sorted({p.at for p in [*places, *right] if p.at <= seconds}), seconds, SHEET_FRAMES)
-    frames = video.read(data, timeline, [start + at for at in moments], name="film")
-    shown = [
-        marked(pixels, [*on_film(right, at, true=True), *on_film(places, at)], f"{at:.1f} s  {title}")
-        for at, pixels in zip(moments, frames, strict=True)
-    ]
-    return beside(shown)
 
 
 def key_moments(named: Sequence[float], seconds: float, most: int) -> list[float]:

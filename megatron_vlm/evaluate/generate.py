@@ -1,6 +1,7 @@
 """Greedy answers to questions about images: each round predicts one more token of every open answer.
 
-Images are encoded once; the decoder has no cache and reads everything again each round.
+The plain way: images are encoded once, the decoder has no cache and reads everything again each round. decode.py, which
+the tools use, is held against it token for token, and shares its prompts and rows.
 
 Questions about one image share it: they are branches of one example, so one forward serves them all, and several
 examples are packed into a row. Finished answers leave the row, waiting examples take their place. One process only.

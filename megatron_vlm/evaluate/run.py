@@ -22,7 +22,7 @@ from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tokens import Tokenizer
 from megatron_vlm.data.tree import TreeSettings
 from megatron_vlm.evaluate import tasks
-from megatron_vlm.evaluate.generate import generate
+from megatron_vlm.evaluate.decode import decode
 from megatron_vlm.evaluate.score import Pointing, Share, matched, same_answer
 from megatron_vlm.evaluate.tasks import Task
 from megatron_vlm.model.build import build
@@ -82,7 +82,7 @@ def answers(
 ) -> list[list[str]]:
     """The model's words for each sample and branch."""
     prompts = [tasks.prompt(one, shards, trained.tree) for one in samples]
-    ids = generate(
+    ids = decode(
         trained.model,
         prompts,
         trained.tokenizer,

@@ -69,10 +69,10 @@ def test_true_places_are_rings():
 def test_a_film_has_the_marks_in_its_frames(tmp_path):
     data = clip(steady(30))
     found = video.scan(data, name="v")
-    frames = draw.write_film(tmp_path / "out.mp4", data, found.timeline, SAID, start=0.5, seconds=2.0, title="the ball")
+    frames = draw.Film(data, found.timeline, SAID, 0.5, 2.0, "the ball").write(tmp_path / "out.mp4")
     with av.open(io.BytesIO((tmp_path / "out.mp4").read_bytes())) as film:
         pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-    moments = draw.film_moments(found.timeline, 0.5, 2.0)
+    moments = draw.film_moments(found.timeline, 2.0)
     assert len(pictures) == frames == len(moments) and 20 <= frames <= 21
     assert [*tmp_path.iterdir()] == [tmp_path / "out.mp4"]
     red = [len(near(one, draw.COLORS[0], 150)) for one in pictures]
@@ -85,7 +85,7 @@ def test_a_film_has_the_marks_in_its_frames(tmp_path):
 def test_a_sheet_has_the_frames_with_places_first():
     data = clip(steady(30))
     timeline = video.scan(data, name="v").timeline
-    sheet = np.asarray(draw.film_sheet(data, timeline, SAID, start=0.0, seconds=3.0))
+    sheet = np.asarray(draw.Film(data, timeline, SAID, 0.0, 3.0).sheet())
     assert sheet.shape[1] == 4 * 320 + 3 * 6
     assert len(near(sheet, draw.COLORS[0])) > 100
     moments = draw.key_moments([0.5, 1.0, 1.5], 3.0, 12)
