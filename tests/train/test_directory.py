@@ -41,6 +41,13 @@ def test_differences_names_what_changes_learning_and_ignores_layout_and_logging(
     assert directory.differences(saved, changed) == ["data.seed: was 0, is 1", "train.steps: was 100, is 7"]
 
 
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default():
+    saved = load.to_dict(Config())
+    del saved["data"]["bad_samples"], saved["data"]["seed"]
+    assert directory.differences(saved, Config()) == []
+    assert directory.differences(saved, _change(Config(), data__seed=1)) == ["data.seed: was 0, is 1"]
+
+
 def test_more_steps_are_allowed_only_where_the_schedule_is_constant():
     constant = _change(Config(), optim__schedule="constant")
     assert directory.differences(load.to_dict(constant), _change(constant, train__steps=7)) == []
