@@ -135,7 +135,7 @@ def _check_names(settings: Mapping[Any, Any], section: type, prefix: str, origin
     for name, value in settings.items():
         dotted = f"{prefix}{name}"
         if name not in types:
-            raise ValueError(f"{dotted} {origin} is not a setting{_nearest(dotted)}.")
+            raise ValueError(f"{dotted} {origin} is not a setting{_nearest(dotted)}")
         wanted = types[name]
         if not dataclasses.is_dataclass(wanted):
             if isinstance(value, Mapping):
@@ -158,7 +158,7 @@ def _nearest(dotted: str) -> str:
     same_key = [name for name in names if name.rsplit(".", 1)[-1] == last]
     found = difflib.get_close_matches(dotted, same_key, n=1, cutoff=0.0)
     found = found or difflib.get_close_matches(dotted, names, n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else "; `--help` lists them all"
+    return f"; did you mean {found[0]}?" if found else "; `--help` lists them all."
 
 
 def _merge(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 #: Formats that are read, by PIL's name, with the extension they get in a tar. Nothing else is handed to a decoder.
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -76,9 +76,10 @@ def _opened(data: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
     except Exception as error:
+        # UnidentifiedImageError names the object in memory that holds the bytes, and nothing else.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({type(error).__name__}: {error})"
         raise ValueError(
-            f"image {name} has no readable header ({type(error).__name__}: {error}). "
-            f"Formats read: {', '.join(EXTENSIONS)}."
+            f"image {name} has no readable header{reason}. Formats read: {', '.join(EXTENSIONS)}."
         ) from error
 
 
