@@ -1,37 +1,36 @@
 """Decoding with a cache beside decoding without: 512 new tokens of the tiny model, one question and eight on one image.
 
-    python benchmarks/decode.py [--tokens 512] [--rounds 1]
-
-Random weights and no end of sequence, so every answer has its full length; both give the same tokens, which is
-checked. Times are medians of alternating runs, generation alone. On this machine's CPU, float32.
+Random weights and no end of sequence, so every answer has its full length; both give the same tokens, and encode the
+image once, which is checked. Float32, on a CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
-import platform
-import statistics
-import time
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import record, trainers  # noqa: E402
+from megatron_vlm.config import presets  # noqa: E402
+from megatron_vlm.config.architecture import VISION_TOKENS  # noqa: E402
+from megatron_vlm.config.schema import Config, ModelConfig  # noqa: E402
+from megatron_vlm.convert import probe  # noqa: E402
+from megatron_vlm.evaluate.decode import decode  # noqa: E402
+from megatron_vlm.evaluate.generate import Prompt, generate  # noqa: E402
+from megatron_vlm.parallel.layout import Layout  # noqa: E402
 
 
 def model_and_prompt(tokens: int) -> tuple[Any, Any, Any]:
     """The tiny preset with room for the answers; a prompt with an image; its tokenizer."""
-    from megatron_vlm.config import presets
-    from megatron_vlm.config.architecture import VISION_TOKENS
-    from megatron_vlm.config.schema import Config, ModelConfig
-    from megatron_vlm.convert import probe
-    from megatron_vlm.evaluate.generate import Prompt
     from megatron_vlm.model.build import build
-    from megatron_vlm.parallel.layout import Layout
 
     arch = presets.PRESETS["tiny"]
     language = dataclasses.replace(arch.language, max_positions=arch.language.max_positions + tokens)
@@ -46,80 +45,45 @@ def model_and_prompt(tokens: int) -> tuple[Any, Any, Any]:
     return model, Prompt(sample.prefix, sample.branches[:1], sample.crops, sample.windows), tokenizer
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    answers = run()
-    return time.perf_counter() - began, answers
+def measure(prompt: Any, questions: int, tokens: int, rounds: int, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """One row: so many questions on one image, answered in both ways."""
+    asked = dataclasses.replace(prompt, questions=[[number, *prompt.questions[0]] for number in range(questions)])
+    said: dict[str, Any] = {}
+    encoded: list[int] = []
+    encode = model.encode
+
+    def run(name: str, way: Callable[..., Any]) -> None:
+        encoded.clear()
+        said[name] = way(model, [asked], tokenizer, max_new_tokens=tokens)
+        assert encoded == [len(prompt.crops)], "the image was encoded more than once"
+
+    model.encode = lambda batch: encoded.append(len(batch.crops)) or encode(batch)
+    ways = {"without": partial(run, "without", generate), "cached": partial(run, "cached", decode)}
+    took = record.medians(record.alternate(ways, rounds, warmup=0))
+    model.encode = encode
+    assert said["without"] == said["cached"], "the cache changed an answer"
+    return {"questions": questions, "prompt tokens": len(asked.prefix) + len(asked.questions[0]), "new tokens": tokens,
+            "without s": took["without"], "cached s": took["cached"],
+            "times faster": took["without"] / took["cached"]}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = record.options(__doc__, rounds=1)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
     asked = parser.parse_args()
-    from megatron_vlm.parallel import cpu
-
-    cpu.enable("cpu")
-    import torch
-
-    from megatron_vlm.convert.answers import alone
-    from megatron_vlm.evaluate.decode import decode
-    from megatron_vlm.evaluate.generate import generate
-
-    rows = []
-    with alone():
+    torch.set_num_threads(asked.threads)
+    with trainers.alone():
         model, prompt, tokenizer = model_and_prompt(asked.tokens)
-        encoded: list[int] = []
-        own = model.encode
-        model.encode = lambda batch: encoded.append(len(batch.crops)) or own(batch)
-        for questions in (1, 8):
-            each = dataclasses.replace(
-                prompt, questions=[[number, *prompt.questions[0]] for number in range(questions)]
-            )
-            seconds: dict[Any, list[float]] = {generate: [], decode: []}
-            for _ in range(asked.rounds):
-                said = []
-                for way, times in seconds.items():
-                    encoded.clear()
-                    took, answers = timed(lambda w=way, e=each: w(model, [e], tokenizer, max_new_tokens=asked.tokens))
-                    times.append(took)
-                    said.append(answers)
-                assert said[0] == said[1], "the cache changed an answer"
-                assert encoded == [len(prompt.crops)], "the image was encoded more than once"
-            without, with_cache = (statistics.median(times) for times in seconds.values())
-            rows.append(
-                {
-                    "questions": questions,
-                    "prompt_tokens": len(each.prefix) + len(each.questions[0]),
-                    "new_tokens": asked.tokens,
-                    "without_seconds": round(without, 2),
-                    "cached_seconds": round(with_cache, 2),
-                    "times_faster": round(without / with_cache, 1),
-                    "image_encodings": len(encoded),
-                }
-            )
-            print(rows[-1], flush=True)
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-               "torch": torch.__version__, "rounds": asked.rounds}  # fmt: skip
-    asked.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
-    (asked.out / "decode.json").write_text(text, encoding="utf-8")
-    lines = [
-        "# Decoding with a cache",
-        "",
-        f"The tiny model, random weights, float32, {machine['cores']} CPU cores ({machine['threads']} threads), torch "
-        f"{machine['torch']}; `python benchmarks/decode.py`.",
-        "",
-        "| questions on one image | new tokens each | without, s | cached, s | times faster | image encoded |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {row['questions']} | {row['new_tokens']} | {row['without_seconds']} | {row['cached_seconds']} | "
-            f"{row['times_faster']} | {row['image_encodings']} time |"
-            for row in rows
-        ),
-    ]
-    (asked.out / "decode.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        rows = [measure(prompt, questions, asked.tokens, asked.rounds, model, tokenizer) for questions in (1, 8)]
+    for row in rows:
+        print(row)
+    if not asked.dry_run:
+        key = {f"{row['questions']} questions": round(row["times faster"], 2) for row in rows}
+        times = ", ".join(f"{row['questions']}: {row['times faster']:.1f}" for row in rows)
+        summary = [(f"{asked.tokens} new tokens with a cache over without, tiny, by questions on one image",
+                    f"{times} times faster (asked for: 5)")]  # fmt: skip
+        what = f"{(__doc__ or '').strip()}\n\nMedians of {asked.rounds} run(s)."
+        record.write("decode", what, {"rows": rows}, rows, key, summary, asked.threads)
 
 
 if __name__ == "__main__":
