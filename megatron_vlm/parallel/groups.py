@@ -125,3 +125,10 @@ def data() -> dist.ProcessGroup:
 def data_and_context() -> dist.ProcessGroup:
     """Ranks that hold the same shard of the weights: their gradients are summed."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def add_up(numbers: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`numbers` summed over the group, in place. A rank alone has the sum already: gloo takes 0.1 ms to say so."""
+    if group.size() > 1:
+        dist.all_reduce(numbers, group=group)
+    return numbers

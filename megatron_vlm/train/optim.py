@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -155,7 +154,7 @@ def clip(optimizer: MegatronOptimizer, optim: OptimConfig) -> dict[str, float]:
     for index, name in enumerate(names):
         if counted[name]:
             squares[index] = _square(counted[name])
-    dist.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+    groups.add_up(squares, optimizer.get_grad_stats_parallel_group())
     norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
     for name, scale in clip_scales(norms, optim).items():
         if scale < 1 and gradients[name]:

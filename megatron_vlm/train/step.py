@@ -136,7 +136,8 @@ class Stepper:
     def _agreed(self, values: dict[str, float]) -> dict[str, float]:
         """The values of rank 0: ranks that differ in the last digit could come to different verdicts."""
         numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
-        dist.broadcast(numbers, src=0)
+        if dist.get_world_size() > 1:
+            dist.broadcast(numbers, src=0)
         return dict(zip(values, numbers.tolist(), strict=True))
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class Stepper:
             weight = batch.loss_weights.sum(dtype=torch.float64).item()
             numbers += torch.tensor([weight, *astuple(metrics.work(batch))], dtype=torch.float64)
         numbers = numbers.to(self.device)
-        dist.all_reduce(numbers, group=groups.data())
+        groups.add_up(numbers, groups.data())
         weight, *counts = numbers.tolist()
         return weight, Work(*map(int, counts))
 
@@ -183,9 +184,8 @@ class Stepper:
         self.pulse.enter("collective")
         for report in reports:  # of the last pipeline stage; empty elsewhere
             sums += report
-        dist.all_reduce(sums, group=groups.data_and_context())
-        dist.all_reduce(sums, group=groups.pipeline())
-        return sums
+        groups.add_up(sums, groups.data_and_context())
+        return groups.add_up(sums, groups.pipeline())
 
     def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         self.pulse.enter("forward")
