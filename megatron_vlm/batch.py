@@ -32,7 +32,7 @@ class Batch:
     sources:      (b, s) int32. Index of the token's data set in the mixture, for losses per data set. PAD where padded.
     crops:        (c, p, d) uint8. The crops that this rank encodes, a contiguous share of the micro-batch's crops,
                   patches in raster order, values of a patch by (row, column, channel).
-    crop_counts:  for each rank of the TP x CP group, in rank order, how many crops it encodes. Its sum is the
+    crop_counts:  for each part (Layout.crop_rank), in order, how many crops it has. Its sum is the
                   crop count of the micro-batch; the rank's first crop is the sum of the counts before it.
     windows:      (n, w) int64. Patches pooled into each q placeholders, as crop * p + patch with the crop counted
                   over the whole micro-batch; PAD in empty slots. Order: as the placeholders stand in tokens, row

@@ -32,6 +32,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import Loader, Share, Step
 from megatron_vlm.data.tokens import Tokenizer
 from megatron_vlm.model.mask import Places, visible
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.split import even_counts, offsets
 
 #: A colour for each sample of the row, in turn: readable under dark text, apart from each other side by side.
@@ -121,7 +122,8 @@ class Page:
         self._tokenizer = Tokenizer.load(config.data.tokenizer, arch.language)
         self._geometry: ImageGeometry = image_geometry(arch, config.data.image_crops)
         self._chunks = offsets(even_counts(config.data.sequence_length, context))
-        self._crop_counts = even_counts(len(self._batch.crops), context * tensor)
+        ranks = Layout(context * tensor, tensor, context, vision=config.parallel.vision).crop_ranks
+        self._crop_counts = even_counts(len(self._batch.crops), ranks)
         fields = ("tokens", "targets", "loss_weights", "positions", "examples", "branches", "is_vision")
         self._row = {name: getattr(self._batch, name)[0].numpy() for name in fields}
         self._used = int((self._row["examples"] != PAD).sum())

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda"),
     "run.resume": ("auto", "never", "must"),
     "parallel.context_method": ("auto", "ulysses", "gather"),
-    "parallel.vision": ("data",),
+    "parallel.vision": ("data", "tensor"),
     "data.prompts": ("style_and_length", "style"),
     "data.bad_samples": ("stop", "skip"),
     "data.loss_weighting": ("uniform", "root_subsegments", "root_tokens"),
@@ -139,6 +139,27 @@ def _tensor(config: Config, arch: Architecture, world: int) -> Iterator[str]:
         )
     if config.parallel.sequence and tensor == 1:
         yield "parallel.sequence=true shards over tensor-parallel ranks, but parallel.tensor=1; raise it or drop this."
+
+
+def _vision(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    tensor, vision, connector = config.parallel.tensor, arch.vision, arch.connector
+    if config.parallel.vision != "tensor":
+        return
+    sharded = [("heads of the vision tower", vision.heads), ("MLP width of the vision tower", vision.mlp)]
+    if connector.kind == "attention_pooling":
+        sharded += [("heads of the connector", connector.heads), ("MLP width of the connector", connector.mlp)]
+    elif connector.kind == "mlp":
+        sharded += [("MLP width of the connector", connector.mlp)]
+    else:
+        sharded += [("numbers in a hidden state of the decoder", arch.language.hidden)]
+    if connector.kind == "resampler":
+        sharded += [("heads of the connector", connector.heads)]
+    for what, number in sharded:
+        if number % tensor:
+            yield (
+                f"parallel.vision=tensor with parallel.tensor={tensor}, which does not divide the {number} {what} of "
+                f"{config.model.preset!r}; degrees that do: {_divisors(number)}. Or set parallel.vision=data."
+            )
 
 
 def _divisors(number: int) -> str:
@@ -278,4 +299,16 @@ def _rampup(config: Config, arch: Architecture, world: int) -> Iterator[str]:
             yield f"train.{name}={getattr(train, name)} must be a multiple of {once}, what all ranks take at once."
 
 
-RULES: tuple[Rule, ...] = (_world, _tensor, _context, _sequence, _pipeline, _crops, _frames, _time, _training, _rampup)
+RULES: tuple[Rule, ...] = (
+    _world,
+    _tensor,
+    _vision,
+    _context,
+    _sequence,
+    _pipeline,
+    _crops,
+    _frames,
+    _time,
+    _training,
+    _rampup,
+)

@@ -75,7 +75,8 @@ class ParallelConfig:
     gather the keys and values of the row; auto: heads among as many ranks as they go round for, gather among the
     rest."""
     vision: str = "data"
-    """data: each rank of a replica encodes its share of the crops with the whole tower."""
+    """data: each rank of a replica encodes its share of the crops with the whole tower and connector. tensor: their
+    weights are sharded over the tensor-parallel ranks, which encode the same crops, those of their context rank."""
 
 
 @dataclass(frozen=True)

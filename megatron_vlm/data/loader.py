@@ -43,7 +43,7 @@ class Share:
     """Place among the data-parallel ranks: which rows."""
     data_ranks: int = 1
     crop_rank: int = 0
-    """Place in the model replica's TP x CP group: which of the micro-batch's crops."""
+    """Which part of the micro-batch's crops: Layout.crop_rank."""
     crop_ranks: int = 1
     crops: bool = True
     """This rank encodes crops (first pipeline stage). False = it never reads a pixel."""

@@ -94,12 +94,12 @@ def _stage(
     chunk = virtual * layout.pipeline + sharded.pp.rank()
     first, last = chunk == 0, chunk == layout.chunks - 1
     vp_stage = virtual if layout.virtual_pipeline > 1 else None
-    whole = groups.replicated()
+    encoder = groups.encoder(layout)
     train = config.train
     return VlmModel(
         arch,
-        vision=VisionTower(arch.vision, arch.connector.taps, settings, whole) if first else None,
-        connector=build_connector(arch, settings, whole) if first else None,
+        vision=VisionTower(arch.vision, arch.connector.taps, settings, encoder) if first else None,
+        connector=build_connector(arch, settings, encoder) if first else None,
         language=Language(
             arch.language,
             language_config,
@@ -111,6 +111,7 @@ def _stage(
             vp_stage=vp_stage,
         ),
         groups=sharded,
+        crop_group=groups.crops(layout),
         z_loss=train.z_loss,
         logit_chunk=train.logit_chunk,
         vp_stage=vp_stage,

@@ -2,7 +2,8 @@
 
 Letters: m patches at hand, n windows, w patches in a window, q vectors a window gives.
 Every connector is a pooling, (m, width_in) features and (n, w) windows -> (n, q, width), and a projector of the pooled
-vectors. Every rank holds the whole connector and pools its own windows; nothing here communicates.
+vectors. Every rank pools its own windows with the whole connector, and nothing here communicates; or the ranks of a
+tensor-parallel group pool the same windows with weights sharded among them (parallel.vision=tensor).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Connector(MegatronModule):
         super().__init__(config)
         self.tp_group = groups.tp
         self.pooling, self.projector, self.vectors = pooling, projector, vectors
-        replicated.mark(self)
+        replicated.mark(self, groups.tp)
 
     def forward(self, features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """Pool and project.
@@ -66,13 +67,13 @@ class Connector(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Megatron's, with one writer per tensor."""
-        return replicated.set_replica_ids(super().sharded_state_dict(prefix, sharded_offsets, metadata))
+        return replicated.set_replica_ids(super().sharded_state_dict(prefix, sharded_offsets, metadata), self.tp_group)
 
 
 def build_connector(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """The connector that `arch.connector.kind` names.
 
-    `settings`: TransformerConfig arguments common to all parts of the model; `groups`: groups of one rank.
+    `settings`: TransformerConfig arguments common to all parts of the model; `groups`: groups.encoder's.
     Raises ValueError for a kind that does not exist.
     """
     kind = arch.connector.kind
@@ -85,17 +86,18 @@ def _width_in(arch: Architecture) -> int:
     return arch.vision.width * max(1, len(arch.connector.taps))
 
 
-def _config(settings: Settings, **sizes: Any) -> TransformerConfig:
+def _config(settings: Settings, groups: ProcessGroupCollection, **sizes: Any) -> TransformerConfig:
     init = init_method_normal(INIT_STD)
-    return replicated.config(settings, init_method=init, output_layer_init_method=init, **sizes)
+    return replicated.config(settings, groups, init_method=init, output_layer_init_method=init, **sizes)
 
 
-def _attention_config(arch: Architecture, settings: Settings) -> TransformerConfig:
+def _attention_config(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> TransformerConfig:
     connector = arch.connector
     if connector.width % connector.heads:
         raise ValueError(f"a connector {connector.width} wide cannot have {connector.heads} heads of equal size.")
     return _config(
         settings,
+        groups,
         num_layers=max(1, connector.layers),
         hidden_size=connector.width,
         num_attention_heads=connector.heads,
@@ -106,8 +108,11 @@ def _attention_config(arch: Architecture, settings: Settings) -> TransformerConf
     )
 
 
-def _projector_config(arch: Architecture, settings: Settings, **sizes: Any) -> TransformerConfig:
-    return _config(settings, num_layers=1, hidden_size=arch.language.hidden, num_attention_heads=1, **sizes)
+def _projector_config(
+    arch: Architecture, settings: Settings, groups: ProcessGroupCollection, **sizes: Any
+) -> TransformerConfig:
+    heads = groups.tp.size()  # there is no attention; Megatron wants heads for every tensor-parallel rank
+    return _config(settings, groups, num_layers=1, hidden_size=arch.language.hidden, num_attention_heads=heads, **sizes)
 
 
 def _mlp(config: TransformerConfig, width_in: int, groups: ProcessGroupCollection) -> MLP:
@@ -138,7 +143,7 @@ def _linear(config: TransformerConfig, width_in: int, groups: ProcessGroupCollec
 def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """Molmo2: attention over the window from its mean, then a SwiGLU projector ([gate; up] rows) without bias."""
     pooling = WindowAttention(
-        _attention_config(arch, settings),
+        _attention_config(arch, settings, groups),
         WindowAttentionSubmodules(
             linear_q=ColumnParallelLinear,
             linear_kv=ColumnParallelLinear,
@@ -151,6 +156,7 @@ def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGro
     config = _projector_config(
         arch,
         settings,
+        groups,
         ffn_hidden_size=arch.connector.mlp,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
@@ -162,13 +168,14 @@ def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGro
 
 def linear(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """The window's mean through one linear layer."""
-    config = _projector_config(arch, settings)
+    config = _projector_config(arch, settings, groups)
     return Connector(config, WindowMean(), _linear(config, _width_in(arch), groups), 1, groups)
 
 
 def mlp(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """The window's mean through two layers with GELU between them."""
-    config = _projector_config(arch, settings, ffn_hidden_size=arch.connector.mlp, activation_func=nn.functional.gelu)
+    sizes = {"ffn_hidden_size": arch.connector.mlp, "activation_func": nn.functional.gelu}
+    config = _projector_config(arch, settings, groups, **sizes)
     return Connector(config, WindowMean(), _mlp(config, _width_in(arch), groups), 1, groups)
 
 
@@ -180,8 +187,8 @@ def resampler(arch: Architecture, settings: Settings, groups: ProcessGroupCollec
             f"a resampler needs queries and layers, but the architecture has {queries} queries and "
             f"{arch.connector.layers} layers; set both in its ConnectorArchitecture."
         )
-    pooling = Resampler(_attention_config(arch, settings), _width_in(arch), queries, groups)
-    config = _projector_config(arch, settings)
+    pooling = Resampler(_attention_config(arch, settings, groups), _width_in(arch), queries, groups)
+    config = _projector_config(arch, settings, groups)
     return Connector(config, pooling, _linear(config, arch.connector.width, groups), queries, groups)
 
 

@@ -1,7 +1,8 @@
-"""Image features of a micro-batch, its crops dealt to the ranks of the TP x CP group.
+"""Image features of a micro-batch, its crops dealt to the ranks of a group: TP x CP, or CP where tower and connector
+are sharded over the tensor-parallel ranks.
 
 Letters: c crops of this rank, p patches in a crop, n windows of the whole micro-batch, w patches in a window, q vectors
-a window gives, T tensor-parallel and C context-parallel ranks, G = T x C ranks of the group.
+a window gives, T tensor-parallel and C context-parallel ranks, G ranks of the group.
 Each rank encodes its own crops. A window is pooled where its first patch was encoded; patches of other ranks that it
 needs travel there (windows of 2 x 2 patches that straddle two crops), then the pooled vectors, as wide as the language
 model and fewer than the patches, are gathered.
@@ -9,12 +10,14 @@ model and fewer than the patches, are gathered.
 Gradients. Let g be the loss's gradient with respect to all features, as one process has it. After the merge every
 rank cuts out its context chunk of the row, so rank (t, c) has g at the placeholders of chunk c and 0 elsewhere, for
 every t (with sequence parallelism too: the backward of its scatter gathers over the tensor-parallel ranks). The
-gather's backward sums over the group: T x g at the vectors that a rank pooled. From there on each rank differentiates
-what it computed itself, and the exchange returns the gradients of foreign patches to their rank. Over the G ranks,
-the gradients of a parameter thus add up to T times the one of a single process. DistributedDataParallel sums over
-data and context ranks, and `average_gradients_across_tp_domain` (replicated.py) averages over the tensor-parallel
-ranks: T x g / T = g. In bf16 the sum over the group loses nothing where T is a power of two: chunks of other context
-ranks are zeros.
+gather's backward sums over the group, G = T x C: T x g at the vectors that a rank pooled. From there on each rank
+differentiates what it computed itself, and the exchange returns the gradients of foreign patches to their rank. Over
+the G ranks, the gradients of a parameter thus add up to T times the one of a single process. DistributedDataParallel
+sums over data and context ranks, and `average_gradients_across_tp_domain` (replicated.py) averages over the
+tensor-parallel ranks: T x g / T = g. In bf16 the sum over the group loses nothing where T is a power of two: chunks of
+other context ranks are zeros. With sharded weights G = C: the sum is g, on each of the T ranks that pooled these
+vectors together, as Megatron's sharded layers want it; what they hold whole (norms, position table) gets the same
+gradient on each of them.
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ def encode(
 ) -> torch.Tensor:
     """Features of all image placeholders of a micro-batch, in their order: (n x q, hidden), the same on every rank.
 
-    crops, windows and crop_counts as in Batch; `group` is the TP x CP group, None = a process alone. Every rank of the
+    crops, windows and crop_counts as in Batch; `group`: groups.crops, None = a process alone. Every rank of the
     group calls it, and its backward, also without crops or windows. A frozen tower runs without autograd.
     Raises ValueError where the crops at hand are not those that crop_counts announces.
     """
@@ -121,7 +124,7 @@ def encode(
     if len(crop_counts) != ranks or crop_counts[rank] != len(crops):
         raise ValueError(
             f"rank {rank} of {ranks} holds {len(crops)} crops, but the batch deals {tuple(crop_counts)} crops. The "
-            "loader's share must be made for the TP x CP group of this layout."
+            "loader's share must be made for the crop ranks of this layout."
         )
     trains = any(parameter.requires_grad for parameter in tower.parameters())
     with torch.set_grad_enabled(trains and torch.is_grad_enabled()):

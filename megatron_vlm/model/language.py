@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +16,7 @@ from torch import nn
 from megatron_vlm.config.architecture import LanguageArchitecture
 from megatron_vlm.model import rotary
 from megatron_vlm.model.dropout import DropoutSettings
+from megatron_vlm.model.linear import mark_sharded
 from megatron_vlm.model.norm import RMSNorm
 from megatron_vlm.model.specs import decoder_layer
 
@@ -82,11 +83,7 @@ class Language(MegatronModule):
         self._mark()
 
     def _mark(self) -> None:
-        for module in self.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-                # Megatron sets it where it draws the weights, which is not here: a sharded weight counts in the
-                # gradient norm on every rank, a whole one on the first.
-                module.weight.tensor_model_parallel = True
+        mark_sharded(self)
         for weight in (self.embedding_weight, self.head_weight):
             if weight is not None:
                 weight.is_embedding_or_output_parameter = True

@@ -33,5 +33,20 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
         return super().forward(input_)
 
 
+def mark_sharded(module: nn.Module) -> None:
+    """Tell Megatron which weights of `module` are sharded: they count in the gradient norm on every rank.
+
+    Megatron says so itself where it draws the weights, which is not here (state.initialize does).
+    """
+    kinds = (
+        tensor_parallel.ColumnParallelLinear,
+        tensor_parallel.RowParallelLinear,
+        tensor_parallel.VocabParallelEmbedding,
+    )
+    for layer in module.modules():
+        if isinstance(layer, kinds):
+            layer.weight.tensor_model_parallel = True
+
+
 def _alone(layer: tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear) -> bool:
     return layer.tp_group.size() == 1 and not layer.gradient_accumulation_fusion

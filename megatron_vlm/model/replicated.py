@@ -1,6 +1,8 @@
-"""Parts that every tensor-parallel rank holds whole: what Megatron has to know about them.
+"""Tower and connector, which are spread over ranks otherwise than the decoder: what Megatron has to know about them.
 
-Such a part is built with process groups of one rank, so Megatron's modules take each rank for the only one.
+Either every tensor-parallel rank holds them whole: then they are built with process groups of one rank, so Megatron's
+modules take each rank for the only one. Or (parallel.vision=tensor) they are sharded, with the real group: Megatron's
+modules then do all that is needed.
 """
 
 from __future__ import annotations
@@ -9,20 +11,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_vlm.model.linear import mark_sharded
 
-def config(settings: Mapping[str, Any], **sizes: Any) -> TransformerConfig:
-    """TransformerConfig of a part that is not sharded: `settings` are common to all parts of the model.
+
+def config(settings: Mapping[str, Any], groups: ProcessGroupCollection, **sizes: Any) -> TransformerConfig:
+    """TransformerConfig of such a part: `settings` are common to all parts of the model; `groups`: of the part.
 
     The part's sizes and degrees of parallelism win over the settings.
     """
     own: dict[str, Any] = {
-        "tensor_model_parallel_size": 1,
+        "tensor_model_parallel_size": groups.tp.size(),
         "pipeline_model_parallel_size": 1,
         "virtual_pipeline_model_parallel_size": None,
         "context_parallel_size": 1,
@@ -40,20 +46,25 @@ def config(settings: Mapping[str, Any], **sizes: Any) -> TransformerConfig:
     return TransformerConfig(**{**settings, **own, **sizes})
 
 
-def mark(module: nn.Module) -> None:
-    """Tell Megatron that the parameters of `module` are whole on every rank.
+def mark(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Tell Megatron how the parameters of `module` are spread; `group`: the tensor-parallel ranks that share them.
 
-    Their gradients differ between tensor-parallel ranks (each rank encodes other crops) and are averaged over them; see
-    features.py for the sum. They count once in the gradient norm, although Megatron's linear layers call themselves
-    sharded.
+    Whole on every rank (a group of one), their gradients differ between tensor-parallel ranks (each rank encodes other
+    crops) and are averaged over them; see features.py for the sum. They count once in the gradient norm, although
+    Megatron's linear layers call themselves sharded.
     """
+    if group.size() > 1:
+        mark_sharded(module)
+        return
     for parameter in module.parameters():
         parameter.average_gradients_across_tp_domain = True
         parameter.tensor_model_parallel = False
 
 
-def set_replica_ids(state: ShardedStateDict) -> ShardedStateDict:
-    """Let one tensor-parallel rank write each tensor of `state`: alone in their groups, all of them claim to be it."""
+def set_replica_ids(state: ShardedStateDict, group: dist.ProcessGroup) -> ShardedStateDict:
+    """Let one tensor-parallel rank write each tensor of `state`: alone in their `group`, all of them claim to be it."""
+    if group.size() > 1:
+        return state
     rank = parallel_state.get_tensor_model_parallel_rank()
     for value in nested_values(state):
         if isinstance(value, ShardedBase):

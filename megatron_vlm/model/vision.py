@@ -1,7 +1,8 @@
 """Vision tower: crops of pixels to patch features, each crop by itself.
 
 Letters: c crops, p patches of a crop (t with the class token), d numbers of a patch.
-Every rank holds the whole tower and encodes its own crops; the tower itself never communicates.
+Every rank encodes its own crops with the whole tower, which then never communicates; or the ranks of a tensor-parallel
+group encode the same crops with weights sharded among them (parallel.vision=tensor).
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class VisionTower(MegatronModule):
         settings: Mapping[str, Any],
         groups: ProcessGroupCollection,
     ):
-        """`settings`: TransformerConfig arguments common to all parts; `groups`: groups of one rank.
+        """`settings`: TransformerConfig arguments common to all parts; `groups`: groups.encoder's.
 
         Raises ValueError for an unknown activation, heads that do not divide the width, and taps outside the tower.
         """
@@ -97,6 +98,7 @@ class VisionTower(MegatronModule):
         depth = max(taps) + 1 if taps else arch.layers
         config = replicated.config(
             settings,
+            groups,
             num_layers=depth,
             hidden_size=arch.width,
             num_attention_heads=arch.heads,
@@ -128,7 +130,7 @@ class VisionTower(MegatronModule):
         )
         if config.perform_initialization:
             self._initialize()
-        replicated.mark(self)
+        replicated.mark(self, groups.tp)
 
     @torch.no_grad()
     def _initialize(self) -> None:
@@ -202,7 +204,7 @@ class VisionTower(MegatronModule):
                 part = sharded_state_dict_default(block.final_layernorm, inside, (), metadata, tp_group=group)
                 replace_prefix_for_sharding(part, inside, f"{prefix}post_norm.")
                 state.update(part)
-        return replicated.set_replica_ids(state)
+        return replicated.set_replica_ids(state, group)
 
 
 def _check(arch: VisionArchitecture, taps: Sequence[int]) -> None:

@@ -43,15 +43,17 @@ class VlmModel(MegatronModule):
         connector: Connector | None,
         language: Language,
         groups: ProcessGroupCollection,
+        crop_group: dist.ProcessGroup,
         z_loss: float,
         logit_chunk: int,
         vp_stage: int | None,
     ):
-        """`language` knows whether this is the first or the last stage; vision and connector belong to the first."""
+        """`language` knows whether this is the first or the last stage; vision and connector belong to the first.
+        `crop_group`: ranks among which crops are dealt."""
         super().__init__(language.config)
         self.arch = arch
         self.vision, self.connector, self.language = vision, connector, language
-        self.tp_group, self.context_group, self.crop_group = groups.tp, groups.cp, groups.tp_cp
+        self.tp_group, self.context_group, self.crop_group = groups.tp, groups.cp, crop_group
         self.z_loss, self.logit_chunk = z_loss, logit_chunk
         self.vp_stage = vp_stage
         self.pre_process = language.decoder.pre_process

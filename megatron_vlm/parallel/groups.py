@@ -1,4 +1,4 @@
-"""Process groups of a run: Megatron's, made once, and groups of one rank for parts that are replicated."""
+"""Process groups of a run: Megatron's, made once, and groups for tower and connector, whose ranks differ."""
 
 from __future__ import annotations
 
@@ -91,6 +91,21 @@ def replicated() -> ProcessGroupCollection:
     return groups
 
 
+def encoder(layout: Layout) -> ProcessGroupCollection:
+    """Groups for tower and connector: each rank has them whole, or shares their weights with its tensor-parallel
+    ranks."""
+    groups = replicated()
+    if layout.vision == "tensor":
+        for name in ("tp", "mp", "tp_cp", "expt_tp", "tp_ep", "tp_ep_pp"):
+            setattr(groups, name, tensor())
+    return groups
+
+
+def crops(layout: Layout) -> dist.ProcessGroup:
+    """Ranks among which the crops of one micro-batch are dealt, in the order of Layout.crop_rank."""
+    return context() if layout.vision == "tensor" else tensor_and_context()
+
+
 def this_rank() -> dist.ProcessGroup:
     """The group of this rank alone."""
     assert _single is not None, "groups.initialize has not been called"
@@ -113,7 +128,7 @@ def pipeline() -> dist.ProcessGroup:
 
 
 def tensor_and_context() -> dist.ProcessGroup:
-    """Ranks that share the crops of one micro-batch, in the order of Layout.crop_rank."""
+    """Ranks that share the rows of one micro-batch, tensor-parallel neighbours first."""
     return parallel_state.get_tensor_and_context_parallel_group()
 
 

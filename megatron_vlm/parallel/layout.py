@@ -34,6 +34,8 @@ class Layout:
     virtual_pipeline: int = 1
     ulysses: int = 0
     """Context ranks, neighbours, among which attention deals its heads; 0 = all of them."""
+    vision: str = "data"
+    """`parallel.vision`: how tower and connector are spread."""
 
     def __post_init__(self) -> None:
         for name in ("world", "tensor", "context", "pipeline", "virtual_pipeline"):
@@ -62,7 +64,7 @@ class Layout:
         """The layout that `config` gives on `world` processes. Raises ValueError where they do not fit."""
         p = config.parallel
         heads = context.head_ranks(p, presets.architecture(config.model).language)
-        return cls(world, p.tensor, p.context, p.pipeline, p.virtual_pipeline, heads)
+        return cls(world, p.tensor, p.context, p.pipeline, p.virtual_pipeline, heads, p.vision)
 
     @property
     def data(self) -> int:
@@ -109,11 +111,17 @@ class Layout:
                 yield tuple(rank + self.tensor * place for place in places)
 
     @property
+    def vision_tensor(self) -> int:
+        """Ranks that share each weight of tower and connector, and encode the same crops."""
+        return self.tensor if self.vision == "tensor" else 1
+
+    @property
     def crop_ranks(self) -> int:
-        """Ranks that share the crops of one micro-batch: the TP x CP group."""
-        return self.tensor * self.context
+        """Parts into which the crops of one micro-batch are cut: a part for each rank of the TP x CP group, or, with
+        sharded weights, for each context rank."""
+        return self.tensor * self.context // self.vision_tensor
 
     def crop_rank(self, rank: int) -> int:
-        """Position of `rank` in its TP x CP group: context x TP + tensor."""
+        """Which part is that of `rank`. In the TP x CP group: context x TP + tensor."""
         at = self.coordinates(rank)
-        return at.context * self.tensor + at.tensor
+        return (at.context * self.tensor + at.tensor) // self.vision_tensor

@@ -16,6 +16,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.split import even_counts
 from megatron_vlm.plan import params
+from megatron_vlm.plan.encoder_collectives import sharded
 from megatron_vlm.plan.layers import FLOAT, Load, Settings
 
 #: Numbers that a step adds up over data-parallel ranks before it begins: weight sum and train.step's Work, float64.
@@ -33,8 +34,8 @@ class Collective:
     kind: str
     """all_reduce, all_gather, reduce_scatter, all_to_all, broadcast or send (a receive is its partner's send)."""
     group: str
-    """tensor, heads and keys (context ranks that deal heads, that gather keys), crops (tensor x context), pipeline,
-    embedding, data, weights (data x context) or world."""
+    """tensor, heads and keys (context ranks that deal heads, that gather keys), crops (those that share a
+    micro-batch's), pipeline, embedding, data, weights (data x context) or world."""
     size: int
     count: int
     what: str
@@ -51,7 +52,7 @@ def group_shape(group: str, layout: Layout) -> tuple[int, int]:
         "tensor": (t, 1),
         "heads": (layout.head_ranks, t),
         "keys": (layout.key_ranks, t * layout.head_ranks),
-        "crops": (t * c, 1),
+        "crops": (layout.crop_ranks, layout.vision_tensor),
         "data": (d, t * c),
         "weights": (d * c, t),
         "pipeline": (p, t * c * d),
@@ -83,6 +84,9 @@ def _chunk(
     row = load.rows * load.length * hidden * e
     part = load.rows * load.part * hidden * e
     if chunk.first:
+        if layout.vision_tensor > 1:
+            for talk in sharded(arch, frozen, load, recomputed=config.train.recompute == "full"):
+                yield Collective(talk.kind, "tensor", talk.numbers * e, talk.count * times, talk.what)
         vectors = max(1, arch.connector.queries) * layout.crop_ranks * load.most_windows * hidden * e
         if load.crops:
             yield Collective("all_gather", "crops", vectors, times, "image features")
@@ -180,13 +184,16 @@ def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: i
     yield Collective("broadcast", "world", NORM_BYTES + 8, 1, "loss and norms, to agree on them")
     averaged = summed = 0
     for chunk in chunks:
-        parameters = params.of_stage(arch, chunk, layout.tensor)
+        parameters = params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor)
         sizes = params.bucket_sizes(parameters, config.model.freeze, layout.data * layout.context)
         for size in sizes:
             yield Collective("reduce_scatter", "weights", size * FLOAT, 1, "gradients")
             yield Collective("all_gather", "weights", size * element, 1, "weights")
         both = params.reduced_over_tensor(
-            parameters, config.model.freeze, config.parallel.sequence and layout.tensor > 1
+            parameters,
+            config.model.freeze,
+            config.parallel.sequence and layout.tensor > 1,
+            layout.vision_tensor,
         )
         averaged, summed = averaged + both[0], summed + both[1]
         if chunk.first != chunk.last and arch.language.tied_head and "base_embeddings" not in config.model.freeze:

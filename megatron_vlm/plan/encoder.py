@@ -60,31 +60,38 @@ class Encoder(Layers):
         """Windows of patches to vectors as wide as the decoder."""
         kind, trains = self.arch.connector.kind, "connector" not in self.frozen
         connector, load, hidden = self.arch.connector, self.load, self.arch.language.hidden
-        inside, n = connector_width_in(self.arch), load.windows
+        inside, n, shards = connector_width_in(self.arch), load.windows, self.settings.vision_tensor
+        mlp = connector.mlp // shards
         if kind == "resampler":
             return self.resampler(tape, features, trains)
         taken = self.take(tape, features, n * load.slots, inside)
         summed = tape.op(n * inside * self.e, taken, passes=True)
         mean = tape.op(n * inside * self.e, summed, keeps=(tape.constant(n * self.e),))
         if kind == "attention_pooling":
-            width = connector.width
-            query = self.linear(tape, mean, n, inside, width, trains)
+            width = connector.width // shards
+            query = self.linear(tape, mean, n, inside, width, trains, bias=shards > 1)
             rows = n * load.slots
-            key_value = self.linear(tape, taken, rows, inside, 2 * width, trains)
+            key_value = self.linear(tape, taken, rows, inside, 2 * width, trains, bias=shards > 1)
             key, value = self.halves(tape, key_value, *[rows * width * self.e] * 2)
             size = n * width * self.e
-            work = (n * connector.heads, rows * width)
+            work = (n * connector.heads // shards, rows * width)
             pooled = self.full_attention(tape, query, key, value, size, work, rows * self.e)
             pooled = tape.op(size, pooled, passes=True)
-            pooled = self.linear(tape, pooled, n, width, width, trains)
-            inner = self.linear(tape, pooled, n, width, 2 * connector.mlp, trains)
-            inner = self.swiglu(tape, inner, n * connector.mlp * self.e)
-            return self.linear(tape, inner, n, connector.mlp, hidden, trains)
+            pooled = self.bias(tape, self.linear(tape, pooled, n, width, connector.width, trains), trains)
+            inner = self.linear(tape, pooled, n, connector.width, 2 * mlp, trains)
+            inner = self.swiglu(tape, inner, n * mlp * self.e)
+            return self.linear(tape, inner, n, mlp, hidden, trains)
         if kind == "linear":
-            return self.linear(tape, mean, n, inside, hidden, trains)
-        inner = self.linear(tape, mean, n, inside, connector.mlp, trains)
-        inner = self.gelu(tape, inner, n * connector.mlp * self.e, "gelu")
-        return self.linear(tape, inner, n, connector.mlp, hidden, trains)
+            return self.gathered_linear(tape, mean, n, inside, hidden, trains)
+        inner = self.bias(tape, self.linear(tape, mean, n, inside, mlp, trains), trains)
+        inner = self.gelu(tape, inner, n * mlp * self.e, "gelu")
+        return self.bias(tape, self.linear(tape, inner, n, mlp, hidden, trains), trains)
+
+    def gathered_linear(self, tape: Tape, x: Tensor, rows: int, inside: int, outside: int, trains: bool) -> Tensor:
+        """A linear layer whose output every rank that shares its weights gets whole."""
+        shards = self.settings.vision_tensor
+        out = self.linear(tape, x, rows, inside, outside // shards, trains, bias=shards > 1)
+        return out if shards == 1 else tape.op(rows * outside * self.e, out, forward=rows * outside * self.e)
 
     def take(self, tape: Tape, features: Tensor, count: int, width: int) -> Tensor:
         """Patches of windows, zero where a window has none."""
@@ -97,21 +104,28 @@ class Encoder(Layers):
         width, inside, crops = connector.width, connector_width_in(self.arch), load.windows
         patches = self.arch.vision.patches
         rows, size = crops * connector.queries, crops * connector.queries * width * self.e
-        projected = self.linear(tape, features, load.crops * patches, inside, width, trains)
+        projected = self.gathered_linear(tape, features, load.crops * patches, inside, width, trains)
         taken = self.take(tape, projected, crops * load.slots, width)
         x = tape.op(size, taken, trains=trains)
         x.grad = tape.grad
-        for _ in range(connector.layers):
-            x = self.encoder_layer(
+
+        def layer(tape: Tape, x: Tensor, taken: Tensor, size: int, rows: int) -> Tensor:
+            return self.encoder_layer(
                 tape, x, rows, width, 4 * width, connector.heads, "gelu", trains, crops > 1,
                 connector.queries, (taken, crops * load.slots, load.slots),
             )  # fmt: skip
+
+        for _ in range(connector.layers):
+            if self.settings.full and tape.grad:
+                x = tape.checkpoint(layer, x, taken, size=size, argument=rows)
+            else:
+                x = layer(tape, x, taken, size, rows)
         x = self.layer_norm(tape, x, rows, width, trains)
-        return self.linear(tape, x, rows, width, self.arch.language.hidden, trains)
+        return self.gathered_linear(tape, x, rows, width, self.arch.language.hidden, trains)
 
     def gather(self, tape: Tape, pooled: Tensor) -> Tensor:
         """Every rank's vectors, in the order of the windows. Nothing where one rank has all."""
-        ranks = self.settings.tensor * self.settings.context
+        ranks = self.settings.tensor * self.settings.context // self.settings.vision_tensor
         if ranks == 1:
             return pooled
         vectors = max(1, self.arch.connector.queries)

@@ -48,12 +48,16 @@ class Settings:
 
     element: int
     tensor: int
+    vision_tensor: int
+    """Ranks that share each weight of tower and connector."""
     sequence: bool
     context: int
     head_ranks: int
     """Context ranks among which attention deals its heads; the others of them gather keys and values."""
     dropout: bool
     selective: bool
+    full: bool
+    """Whole layers run again in backward."""
     cuda: bool
     logit_chunk: int
 
@@ -142,36 +146,42 @@ class Layers:
         length: int,
         context: tuple[Tensor, int, int] | None = None,
     ) -> Tensor:
-        """A pre-norm layer with biases.
+        """A pre-norm layer with biases, of tower or connector, on one of the ranks that share its weights.
 
         length: rows that see each other. transposed: gradients have to be made contiguous. context: what
         cross-attention reads, its rows, and its sequence length.
         """
-        size = rows * width * self.e
+        size, shards = rows * width * self.e, self.settings.vision_tensor
         copies = size if transposed else 0
+        own, part, mlp = width // shards, size // shards, mlp // shards
         normed = self.layer_norm(tape, x, rows, width, trains)
-        qkv = self.linear(tape, normed, rows, width, 3 * width, trains)
-        query, key, value = self.halves(tape, qkv, size, size, size)
-        attended = self.full_attention(tape, query, key, value, size, (rows * heads, rows * length * width))
-        out = self.linear(tape, attended, rows, width, width, trains, copies=copies)
-        x = self.add(tape, size, out, x)
+        qkv = self.linear(tape, normed, rows, width, 3 * own, trains, bias=shards > 1)
+        query, key, value = self.halves(tape, qkv, part, part, part)
+        scores = rows * heads // shards
+        attended = self.full_attention(tape, query, key, value, part, (scores, rows * length * own))
+        out = self.linear(tape, attended, rows, own, width, trains, copies=copies)
+        x = self.add(tape, size, self.bias(tape, out, trains), x)
         if context is not None:
             patches, patch_rows, slots = context
             normed = self.layer_norm(tape, x, rows, width, trains)
-            key_value = self.linear(tape, patches, patch_rows, width, 2 * width, trains)
-            key, value = self.halves(tape, key_value, *[patch_rows * width * self.e] * 2)
-            query = self.linear(tape, normed, rows, width, width, trains)
+            key_value = self.linear(tape, patches, patch_rows, width, 2 * own, trains, bias=shards > 1)
+            key, value = self.halves(tape, key_value, *[patch_rows * own * self.e] * 2)
+            query = self.linear(tape, normed, rows, width, own, trains, bias=shards > 1)
             # The mask as numbers to add, spread over heads by the kernel.
-            pairs = length * patch_rows * width
-            attended = self.full_attention(tape, query, key, value, size, (rows * heads, pairs), patch_rows * self.e)
-            out = self.linear(tape, attended, rows, width, width, trains, copies=copies)
-            x = self.add(tape, size, out, x)
+            pairs = length * patch_rows * own
+            attended = self.full_attention(tape, query, key, value, part, (scores, pairs), patch_rows * self.e)
+            out = self.linear(tape, attended, rows, own, width, trains, copies=copies)
+            x = self.add(tape, size, self.bias(tape, out, trains), x)
         normed = self.layer_norm(tape, x, rows, width, trains)
         inner = rows * mlp * self.e
         hidden = self.linear(tape, normed, rows, width, mlp, trains)
-        hidden = self.gelu(tape, hidden, inner, activation)
+        hidden = self.gelu(tape, self.bias(tape, hidden, trains), inner, activation)
         out = self.linear(tape, hidden, rows, mlp, width, trains, copies=copies)
-        return self.add(tape, size, out, x)
+        return self.add(tape, size, self.bias(tape, out, trains), x)
+
+    def bias(self, tape: Tape, x: Tensor, trains: bool) -> Tensor:
+        """The bias that a sharded layer of tower or connector leaves to be added; a whole one adds it inside."""
+        return x if self.settings.vision_tensor == 1 else tape.op(x.size, x, trains=trains, passes=True)
 
     def full_attention(
         self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, size: int, work: tuple[int, int], mask: int = 0

@@ -97,7 +97,7 @@ def _static(
     parameters = gradients = optimizer = 0
     for chunk in chunks:
         buffer = params.buffers(
-            params.of_stage(arch, chunk, layout.tensor),
+            params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor),
             freeze,
             layout.data * layout.context,
             at.context + layout.context * at.data,
@@ -147,7 +147,12 @@ def _after_backward(config: Config, layout: Layout, chunks: Sequence[params.Stag
     joined = 0
     if layout.tensor > 1:  # Megatron copies what it averages over tensor-parallel ranks into one tensor
         joined = FLOAT * sum(
-            params.reduced_over_tensor(params.of_stage(arch, chunk, layout.tensor), config.model.freeze, False)[0]
+            params.reduced_over_tensor(
+                params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor),
+                config.model.freeze,
+                False,
+                layout.vision_tensor,
+            )[0]
             for chunk in chunks
         )
     return joined  # the fused AdamW allocates nothing
@@ -176,11 +181,13 @@ def settings(config: Config, layout: Layout, *, cuda: bool) -> Settings:
     return Settings(
         element=ELEMENT[config.train.precision],
         tensor=layout.tensor,
+        vision_tensor=layout.vision_tensor,
         sequence=config.parallel.sequence and layout.tensor > 1,
         context=layout.context,
         head_ranks=layout.head_ranks,
         dropout=config.train.residual_dropout > 0 or config.train.response_dropout > 0,
         selective=config.train.recompute == "selective",
+        full=config.train.recompute == "full",
         cuda=cuda,
         logit_chunk=config.train.logit_chunk,
     )

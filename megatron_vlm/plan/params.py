@@ -64,12 +64,15 @@ def stages(arch: Architecture, layout: Layout, pipeline_layers: Sequence[int] = 
 
 
 @lru_cache(maxsize=256)
-def of_stage(arch: Architecture, stage: Stage, tensor: int) -> tuple[Parameter, ...]:
-    """The parameters of one chunk on a rank of `tensor` tensor-parallel ones, in the model's order."""
+def of_stage(arch: Architecture, stage: Stage, tensor: int, encoder: int = 1) -> tuple[Parameter, ...]:
+    """The parameters of one chunk on a rank, in the model's order.
+
+    tensor, encoder: ranks that share each weight of the decoder, and of tower and connector.
+    """
     found: list[Parameter] = []
     if stage.first:
-        found += [Parameter(f"vision.{name}", shape, "vision") for name, shape in _vision(arch)]
-        found += [Parameter(f"connector.{name}", shape, "connector") for name, shape in _connector(arch)]
+        found += [Parameter(f"vision.{name}", shape, "vision") for name, shape in _vision(arch, encoder)]
+        found += [Parameter(f"connector.{name}", shape, "connector") for name, shape in _connector(arch, encoder)]
     return (*found, *_language(arch, stage, tensor))
 
 
@@ -87,7 +90,17 @@ def _linear(name: str, width_out: int, width_in: int, bias: bool = True) -> Name
         yield f"{name}.bias", (width_out,)
 
 
-def _vision(arch: Architecture) -> Named:
+def _column(name: str, width_out: int, width_in: int, shards: int, bias: bool = True) -> Named:
+    """A linear layer whose rows are shared by `shards` ranks."""
+    yield from _linear(name, width_out // shards, width_in, bias)
+
+
+def _row(name: str, width_out: int, width_in: int, shards: int, bias: bool = True) -> Named:
+    """A linear layer whose columns are shared by `shards` ranks."""
+    yield from _linear(name, width_out, width_in // shards, bias)
+
+
+def _vision(arch: Architecture, shards: int) -> Named:
     vision, taps = arch.vision, arch.connector.taps
     yield "position_embedding", (vision.patches + vision.class_token, vision.width)
     if vision.class_token:
@@ -97,7 +110,7 @@ def _vision(arch: Architecture) -> Named:
         yield from _norm("pre_norm", vision.width)
     for block, count in enumerate(vision_blocks(arch)):
         for layer in range(count):
-            yield from _vision_layer(f"blocks.{block}.layers.{layer}", vision.width, vision.mlp)
+            yield from _vision_layer(f"blocks.{block}.layers.{layer}", vision.width, vision.mlp, shards)
         if not taps and vision.post_norm:
             yield from _norm(f"blocks.{block}.final_layernorm", vision.width)
 
@@ -108,13 +121,13 @@ def vision_blocks(arch: Architecture) -> list[int]:
     return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def _vision_layer(name: str, width: int, mlp: int) -> Named:
+def _vision_layer(name: str, width: int, mlp: int, shards: int) -> Named:
     yield from _norm(f"{name}.input_layernorm", width)
-    yield from _linear(f"{name}.self_attention.linear_proj", width, width)
-    yield from _linear(f"{name}.self_attention.linear_qkv", 3 * width, width)
+    yield from _row(f"{name}.self_attention.linear_proj", width, width, shards)
+    yield from _column(f"{name}.self_attention.linear_qkv", 3 * width, width, shards)
     yield from _norm(f"{name}.pre_mlp_layernorm", width)
-    yield from _linear(f"{name}.mlp.linear_fc1", mlp, width)
-    yield from _linear(f"{name}.mlp.linear_fc2", width, mlp)
+    yield from _column(f"{name}.mlp.linear_fc1", mlp, width, shards)
+    yield from _row(f"{name}.mlp.linear_fc2", width, mlp, shards)
 
 
 def connector_width_in(arch: Architecture) -> int:
@@ -122,40 +135,40 @@ def connector_width_in(arch: Architecture) -> int:
     return arch.vision.width * max(1, len(arch.connector.taps))
 
 
-def _connector(arch: Architecture) -> Named:
+def _connector(arch: Architecture, shards: int) -> Named:
     connector, hidden, inside = arch.connector, arch.language.hidden, connector_width_in(arch)
     width = connector.width
     if connector.kind == "attention_pooling":
-        yield from _linear("pooling.linear_q", width, inside)
-        yield from _linear("pooling.linear_kv", 2 * width, inside)
-        yield from _linear("pooling.linear_proj", width, width)
-        yield from _linear("projector.linear_fc1", 2 * connector.mlp, width, bias=False)
-        yield from _linear("projector.linear_fc2", hidden, connector.mlp, bias=False)
+        yield from _column("pooling.linear_q", width, inside, shards)
+        yield from _column("pooling.linear_kv", 2 * width, inside, shards)
+        yield from _row("pooling.linear_proj", width, width, shards)
+        yield from _column("projector.linear_fc1", 2 * connector.mlp, width, shards, bias=False)
+        yield from _row("projector.linear_fc2", hidden, connector.mlp, shards, bias=False)
     elif connector.kind == "mlp":
-        yield from _linear("projector.linear_fc1", connector.mlp, inside)
-        yield from _linear("projector.linear_fc2", hidden, connector.mlp)
+        yield from _column("projector.linear_fc1", connector.mlp, inside, shards)
+        yield from _row("projector.linear_fc2", hidden, connector.mlp, shards)
     elif connector.kind == "linear":
-        yield from _linear("projector", hidden, inside)
+        yield from _column("projector", hidden, inside, shards)
     else:
         yield "pooling.queries", (connector.queries, width)
-        yield from _linear("pooling.projection", width, inside)
+        yield from _column("pooling.projection", width, inside, shards)
         for layer in range(connector.layers):
-            yield from _resampler_layer(f"pooling.block.layers.{layer}", width)
+            yield from _resampler_layer(f"pooling.block.layers.{layer}", width, shards)
         yield from _norm("pooling.block.final_layernorm", width)
-        yield from _linear("projector", hidden, width)
+        yield from _column("projector", hidden, width, shards)
 
 
-def _resampler_layer(name: str, width: int) -> Named:
+def _resampler_layer(name: str, width: int, shards: int) -> Named:
     yield from _norm(f"{name}.input_layernorm", width)
-    yield from _linear(f"{name}.self_attention.linear_proj", width, width)
-    yield from _linear(f"{name}.self_attention.linear_qkv", 3 * width, width)
+    yield from _row(f"{name}.self_attention.linear_proj", width, width, shards)
+    yield from _column(f"{name}.self_attention.linear_qkv", 3 * width, width, shards)
     yield from _norm(f"{name}.pre_cross_attn_layernorm", width)
-    yield from _linear(f"{name}.cross_attention.linear_proj", width, width)
-    yield from _linear(f"{name}.cross_attention.linear_q", width, width)
-    yield from _linear(f"{name}.cross_attention.linear_kv", 2 * width, width)
+    yield from _row(f"{name}.cross_attention.linear_proj", width, width, shards)
+    yield from _column(f"{name}.cross_attention.linear_q", width, width, shards)
+    yield from _column(f"{name}.cross_attention.linear_kv", 2 * width, width, shards)
     yield from _norm(f"{name}.pre_mlp_layernorm", width)
-    yield from _linear(f"{name}.mlp.linear_fc1", 4 * width, width)
-    yield from _linear(f"{name}.mlp.linear_fc2", width, 4 * width)
+    yield from _column(f"{name}.mlp.linear_fc1", 4 * width, width, shards)
+    yield from _row(f"{name}.mlp.linear_fc2", width, 4 * width, shards)
 
 
 def _language(arch: Architecture, stage: Stage, tensor: int) -> Iterator[Parameter]:
@@ -233,11 +246,15 @@ def bucket_sizes(parameters: tuple[Parameter, ...], frozen: tuple[str, ...], ran
 
 
 @lru_cache(maxsize=1024)
-def reduced_over_tensor(parameters: tuple[Parameter, ...], frozen: tuple[str, ...], sequence: bool) -> tuple[int, int]:
-    """Numbers whose gradients Megatron averages over tensor-parallel ranks (tower and connector, whole on each), and
-    numbers whose gradients it adds up (norms: of heads, and with sequence parallelism all of the decoder's)."""
+def reduced_over_tensor(
+    parameters: tuple[Parameter, ...], frozen: tuple[str, ...], sequence: bool, encoder: int
+) -> tuple[int, int]:
+    """Numbers whose gradients Megatron averages over tensor-parallel ranks (tower and connector, if `encoder`, the
+    ranks that share their weights, is 1: whole on each), and numbers whose gradients it adds up (norms: of heads, and
+    with sequence parallelism all of the decoder's)."""
     trained = [parameter for parameter in parameters if parameter.component not in frozen]
-    averaged = sum(each.numel for each in trained if each.name.startswith(("vision.", "connector.")))
+    whole = ("vision.", "connector.") if encoder == 1 else ()
+    averaged = sum(each.numel for each in trained if each.name.startswith(whole))
     summed = sum(each.numel for each in trained if _summed(each.name, sequence))
     return averaged, summed
 

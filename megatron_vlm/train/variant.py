@@ -17,6 +17,7 @@ GRAMMAR = """\
   ppN   N pipeline stages                         vppN  N virtual stages on each
   cpN   context parallel: a row over N processes  dpN   data parallel: N copies of the model
   gather, ulysses   how attention sees the whole row (else parallel.context_method)
+  vision_data, vision_tensor   how tower and connector are spread (else parallel.vision)
   recompute_full, recompute_selective, recompute_none   else as in the recipe
   packed (as rows are), unpacked (each sample in a row of its own)
   one   nothing of all this: one process, the recipe's recomputation, packed rows"""
@@ -24,7 +25,8 @@ GRAMMAR = """\
 _DEGREES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context", "dp": "data"}
 _PART = re.compile(
     r"(?P<degree>tp|pp|vpp|cp|dp)(?P<number>[1-9]\d{0,4})|(?P<sequence>sp)|recompute_(?P<recompute>full|selective|none)"
-    r"|(?P<packing>packed|unpacked)|(?P<method>gather|ulysses)|(?P<one>one)"
+    r"|(?P<packing>packed|unpacked)|(?P<method>gather|ulysses)"
+    r"|vision_(?P<vision>data|tensor)|(?P<one>one)"
 )
 
 
@@ -39,6 +41,8 @@ class Variant:
     virtual_pipeline: int = 1
     context: int = 1
     context_method: str = ""
+    """Empty = as in the recipe."""
+    vision: str = ""
     """Empty = as in the recipe."""
     data: int = 1
     recompute: str = ""
@@ -69,6 +73,7 @@ class Variant:
                 pipeline_layers=layers if len(layers) == chunks else (),
                 context=self.context,
                 context_method=self.context_method or config.parallel.context_method,
+                vision=self.vision or config.parallel.vision,
             ),
             train=dataclasses.replace(config.train, recompute=self.recompute or config.train.recompute),
         )
@@ -112,6 +117,8 @@ def _fields(match: re.Match[str]) -> dict[str, int | bool | str]:
         return {"recompute": part["recompute"]}
     if part["method"]:
         return {"context_method": part["method"]}
+    if part["vision"]:
+        return {"vision": part["vision"]}
     if part["packing"]:
         return {"packed": part["packing"] == "packed"}
     return {}

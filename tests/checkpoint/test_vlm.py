@@ -21,6 +21,7 @@ def settings(layout: Layout, sequence: bool, freeze: tuple[str, ...], precision:
         pipeline=layout.pipeline,
         virtual_pipeline=layout.virtual_pipeline,
         sequence=sequence,
+        vision=layout.vision,
     )
     model = ModelConfig(preset="tiny", freeze=freeze)
     return Config(parallel=parallel, model=model, train=TrainConfig(precision=precision))
@@ -75,6 +76,8 @@ def rewrite(
 
 
 TENSOR_AND_SEQUENCE = (Layout(2, tensor=2), True)
+#: Tower and connector sharded too.
+EVERYTHING_SHARDED = (Layout(2, tensor=2, vision="tensor"), True)
 PIPELINE = (Layout(2, pipeline=2), False)
 EVERY_LAYOUT = [
     TENSOR_AND_SEQUENCE,
@@ -83,7 +86,7 @@ EVERY_LAYOUT = [
     PIPELINE,
     (Layout(2, context=2), False),
     (Layout(2, pipeline=2, virtual_pipeline=2), False),
-    (Layout(2, tensor=2), False),
+    (Layout(2, tensor=2, vision="tensor"), False),
 ]
 #: What each stage of training trains: connector alone (alignment), everything but the base embeddings.
 ALIGNMENT = ("vision", "language", "base_embeddings")
@@ -94,7 +97,7 @@ TRAINING = ("base_embeddings",)
     ("freeze", "precision", "layouts"),
     [
         pytest.param(ALIGNMENT, "float32", [TENSOR_AND_SEQUENCE, PIPELINE], id="alignment"),
-        pytest.param(TRAINING, "bf16", [TENSOR_AND_SEQUENCE, PIPELINE], id="training"),
+        pytest.param(TRAINING, "bf16", [EVERYTHING_SHARDED, PIPELINE, EVERYTHING_SHARDED], id="training"),
         pytest.param(TRAINING, "float32", EVERY_LAYOUT, id="every layout", marks=pytest.mark.slow),
     ],
 )

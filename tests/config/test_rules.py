@@ -59,6 +59,12 @@ BROKEN = [
     (["parallel.tensor=5"], 5, r"parallel\.tensor=5 does not divide the 192 MLP width"),
     (["parallel.tensor=3"], 3, r"parallel\.tensor=3 does not divide the 2048 vocabulary rows"),
     (["parallel.tensor=3"], 3, r"parallel\.tensor=3 neither divides nor is a multiple of the 2 key and value heads"),
+    (["parallel.tensor=32", "model.preset=molmo2_4b", "train.global_batch=32", "parallel.vision=tensor"], 32,
+     r"parallel\.vision=tensor with parallel\.tensor=32, which does not divide the 16 heads of the vision tower of "
+     r"'molmo2_4b'; degrees that do: 1, 2, 4, 8, 16\. Or set parallel\.vision=data"),
+    (["parallel.tensor=5", "parallel.vision=tensor"], 5, r"does not divide the 192 MLP width of the connector"),
+    (["parallel.tensor=5", "parallel.vision=tensor", "model.connector=linear"], 5,
+     r"does not divide the 64 numbers in a hidden state of the decoder of 'tiny'"),
     (["parallel.sequence=true"], 1, r"parallel\.sequence=true shards over .*, but parallel\.tensor=1"),
     (["parallel.context_method=ring"], 1, r"context_method='ring' does not exist; choose one of auto, ulysses, gather"),
     (["parallel.tensor=2", "parallel.context=4", "parallel.context_method=ulysses"], 8,

@@ -25,13 +25,18 @@ def megatron_coordinates(layout: Layout) -> tuple[Coordinates, int, int, list[in
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
     )
-    shared = groups.tensor_and_context()
+    shared = groups.crops(layout)
     return at, dist.get_rank(shared), shared.size(), dist.get_process_group_ranks(shared)
 
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(4, tensor=2, context=2), Layout(4, tensor=2, pipeline=2), Layout(4, context=2), Layout(4, pipeline=2)],
+    [
+        *(Layout(4, tensor=2, context=2, vision=vision) for vision in ("data", "tensor")),
+        Layout(4, tensor=2, pipeline=2),
+        Layout(4, context=2),
+        Layout(4, pipeline=2),
+    ],
     ids=str,
 )
 def test_coordinates_are_megatrons(pool, layout):

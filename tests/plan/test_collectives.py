@@ -26,6 +26,13 @@ LAYOUTS = [
     ("virtual", 4, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     ("all", 16, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2", "parallel.pipeline=2",
                  "train.recompute=full", "train.precision=bf16"]),
+    ("sharded tower", 4, ["parallel.tensor=2", "parallel.context=2", "parallel.vision=tensor"]),
+    ("sharded tower, full", 4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.vision=tensor",
+                                "train.recompute=full", "train.precision=bf16"]),
+    ("sharded resampler", 2, ["parallel.tensor=2", "parallel.vision=tensor", "model.connector=resampler",
+                              "train.recompute=full"]),
+    ("sharded mlp, frozen tower", 2, ["parallel.tensor=2", "parallel.vision=tensor", "model.connector=mlp",
+                                      "model.freeze=[vision, base_embeddings]"]),
     ("frozen", 8, ["parallel.tensor=2", "parallel.context=2", "model.freeze=[vision, base_embeddings]"]),
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ ALONE = Layout(1)
 
 def config_of(model: ModelConfig, layout: Layout) -> Config:
     parallel = ParallelConfig(layout.tensor, layout.tensor > 1, layout.pipeline, layout.virtual_pipeline,
-                              context=layout.context)  # fmt: skip
+                              context=layout.context, vision=layout.vision)  # fmt: skip
     return Config(model=model, parallel=parallel)
 
 
@@ -35,7 +35,7 @@ def compare(config: Config, layout: Layout, rank: int) -> None:
     chunks = params.stages(arch, layout, config.parallel.pipeline_layers)[layout.coordinates(rank).pipeline]
     assert len(models) == len(chunks)
     for model, chunk in zip(models, chunks, strict=True):
-        planned = params.of_stage(arch, chunk, layout.tensor)
+        planned = params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor)
         built = [(name, tuple(each.shape), component_of(name)) for name, each in model.named_parameters()]
         assert [(each.name, each.shape, each.component) for each in planned] == built
         own_bucket = {name for name, each in model.named_parameters() if getattr(each, "shared_embedding", False)}
@@ -45,6 +45,7 @@ def compare(config: Config, layout: Layout, rank: int) -> None:
 CASES = [
     *((preset, ALONE) for preset in presets.PRESETS),
     ("molmo2_4b", Layout(16, tensor=8, pipeline=2)),  # tied, a copy of the table on the last stage
+    ("molmo2_4b", Layout(8, tensor=8, vision="tensor")),
     ("molmo2_8b", Layout(64, tensor=2, context=4, pipeline=4)),
     ("qwen3_0.6b", Layout(32, tensor=16, pipeline=2)),  # more ranks than key-value heads
     ("qwen2.5_0.5b_clip", Layout(8, tensor=2, pipeline=4)),  # biases of queries, keys and values
@@ -59,9 +60,9 @@ def test_parameters(preset, layout):
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("taps", [(), (1,), (2, 0)])
-def test_parameters_of_connectors(connector, taps):
-    compare(config_of(ModelConfig("tiny", connector, taps), ALONE), ALONE, 0)
+@pytest.mark.parametrize("taps, layout", [((), ALONE), ((1,), Layout(2, tensor=2, vision="tensor")), ((2, 0), ALONE)])
+def test_parameters_of_connectors(connector, taps, layout):
+    compare(config_of(ModelConfig("tiny", connector, taps), layout), layout, 0)
 
 
 def test_uneven_stages():
@@ -81,6 +82,7 @@ BUFFERS = [
     (tiny.TIED, Layout(8, tensor=2, pipeline=2), ("vision", "connector"), "float32"),
     (tiny.QWEN2_5, Layout(8, pipeline=2, virtual_pipeline=2), ("vision",), "float32"),
     (tiny.ARCH, Layout(7), (), "bf16"),
+    (tiny.ARCH, Layout(4, tensor=2, context=2, vision="tensor"), (), "bf16"),
 ]
 
 
@@ -92,7 +94,7 @@ def test_static_memory(arch, layout, freeze, precision):
     for rank in range(layout.world):
         config = tiny.config(arch, freeze=freeze, precision=precision, parallel=dict(
             tensor=layout.tensor, context=layout.context, pipeline=layout.pipeline,
-            virtual_pipeline=layout.virtual_pipeline))  # fmt: skip
+            virtual_pipeline=layout.virtual_pipeline, vision=layout.vision))  # fmt: skip
         planned = memory.static(config, layout, rank)
         assert measured_static(config, layout, rank) == dataclasses.astuple(planned), f"rank {rank}"
 

@@ -24,6 +24,7 @@ CONFIG = Config(data=DataConfig(image_crops=0), train=TrainConfig(global_batch=8
         ("recompute_full_cp2", Variant("recompute_full_cp2", context=2, recompute="full")),
         ("dp2_unpacked", Variant("dp2_unpacked", data=2, packed=False)),
         ("cp4_gather", Variant("cp4_gather", context=4, context_method="gather")),
+        ("tp2_vision_tensor", Variant("tp2_vision_tensor", 2, vision="tensor")),
     ],
 )
 def test_names_say_how_to_run(name, expected):
@@ -57,6 +58,9 @@ def test_processes_and_settings_follow_from_the_name():
     assert settings.parallel == ParallelConfig(tensor=2, sequence=True, pipeline=2)
     assert settings.train.recompute == "full"
     assert variant.parse("cp2").settings(CONFIG).train.recompute == "selective"
+    sharded = dataclasses.replace(CONFIG, parallel=ParallelConfig(vision="tensor"))
+    assert variant.parse("tp2").settings(sharded).parallel.vision == "tensor"
+    assert variant.parse("tp2_vision_data").settings(sharded).parallel.vision == "data"
 
 
 def test_layers_of_stages_stay_where_they_fit():
