@@ -57,7 +57,7 @@ BELOW_ONE = (
     "train.residual_dropout",
     "train.response_dropout",
     "optim.betas",
-    *(f"optim.{component}.betas" for component in ("vision", "connector", "language")),
+    *(f"optim.{component}.betas" for component in COMPONENTS),
 )
 
 
@@ -268,12 +268,13 @@ def _training(config: Config, arch: Architecture, world: int) -> Iterator[str]:
         yield f"model.freeze names {', '.join(unknown)}, which does not exist; choose from {', '.join(COMPONENTS)}."
     if {"vision", "connector", "language"} <= set(config.model.freeze):
         yield f"model.freeze={list(config.model.freeze)} leaves nothing to train."
-    for component in ("vision", "connector", "language"):
-        optim = getattr(config.optim, component)
+    for component in COMPONENTS:
+        optim = config.optim.of(component)
         if component not in config.model.freeze and optim.min_lr > optim.lr:
             yield f"optim.{component}.min_lr={optim.min_lr} is above optim.{component}.lr={optim.lr}."
-        if optim.clip_norm is not None and config.optim.clip_by == "global":
-            yield f"optim.{component}.clip_norm={optim.clip_norm} has no meaning with optim.clip_by=global."
+        clip_norm = getattr(config.optim, component).clip_norm
+        if clip_norm is not None and config.optim.clip_by == "global":
+            yield f"optim.{component}.clip_norm={clip_norm} has no meaning with optim.clip_by=global."
     decay, steps = config.optim.decay_steps, config.train.steps
     if (config.optim.schedule == "wsd") != (decay > 0):
         yield f"optim.decay_steps={decay} with optim.schedule={config.optim.schedule}: only wsd has some."

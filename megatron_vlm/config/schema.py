@@ -5,7 +5,7 @@ A field says what one thing is; rules that look at two sections stand in `rules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,26 @@ class ComponentOptimConfig:
 
 
 @dataclass(frozen=True)
+class EmbeddingsOptimConfig:
+    """The base embeddings: the same, where they differ from the decoder."""
+
+    lr: float | None = None
+    """Peak learning rate. Not set = optim.language.lr; likewise the others, but for weight_decay."""
+    min_lr: float | None = None
+    """Learning rate at the last step."""
+    warmup_steps: int | None = None
+    """Steps until the peak."""
+    weight_decay: float | None = None
+    """Of the table. Not set = none, whatever optim.weight_decay is: rows of rare tokens would shrink to nothing."""
+    betas: tuple[float, float] | None = None
+    """Decay of the first and second moment."""
+    eps: float | None = None
+    """Added to the root of the second moment."""
+    clip_norm: float | None = None
+    """Largest gradient norm, where optim.clip_by is component."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, one group per component; gradients are clipped per component."""
 
@@ -188,7 +208,9 @@ class OptimConfig:
     connector: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
     """The connector and the new embedding rows."""
     language: ComponentOptimConfig = field(default_factory=ComponentOptimConfig)
-    """The decoder, its head and, unless frozen, the base embeddings."""
+    """The decoder and its head."""
+    base_embeddings: EmbeddingsOptimConfig = field(default_factory=EmbeddingsOptimConfig)
+    """The base embeddings where they train; a tied head is the same table."""
     weight_decay: float = 0.0
     """Decoupled weight decay; never on norms, biases and embeddings."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -196,13 +218,24 @@ class OptimConfig:
     eps: float = 1e-6
     """Added to the root of the second moment."""
     clip_norm: float = 1.0
-    """Largest gradient norm of a component (vision; connector with the new rows; language). 0 = no clipping."""
+    """Largest gradient norm of a component (vision; connector with the new rows; language; base_embeddings). 0 = no
+    clipping."""
     clip_by: str = "component"
     """component: each by its own norm; global: all by the norm of all together."""
     schedule: str = "cosine"
     """From the peak to min_lr: cosine, linear, constant (stay at the peak) or wsd (stay, then linear at the end)."""
     decay_steps: int = 0
     """With the schedule wsd: steps at the end of the run that decay."""
+
+    def of(self, component: str) -> ComponentOptimConfig:
+        """The settings of a component, each one set: by itself, or by what it follows."""
+        own = getattr(self, component)
+        table = component == "base_embeddings"
+        followed = replace(self.of("language"), weight_decay=0.0) if table else self
+        given = {each.name: getattr(own, each.name) for each in fields(own)}
+        return ComponentOptimConfig(
+            **{name: getattr(followed, name) if value is None else value for name, value in given.items()}
+        )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
+from megatron_vlm.model.build import component_of
 from megatron_vlm.parallel import groups
-from megatron_vlm.train import optim
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _squares(
                     part = each._get_model_param_range_map(parameter)["param"]
                 except KeyError:
                     continue  # all of it belongs to other data-parallel ranks
-                scale = 1.0 if of_parameters else scales[optim.clipped_as(name.removeprefix("module."))]
+                scale = 1.0 if of_parameters else scales[component_of(name.removeprefix("module."))]
                 whole = parameter.detach() if of_parameters else parameter.main_grad
                 numbers = whole.view(-1)[part.start : part.end]
                 module = name.rsplit(".", 1)[0]

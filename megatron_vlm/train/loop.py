@@ -1,37 +1,32 @@
-"""The training loop: fetch, step, log, evaluate, save. What a step is stands in `step.py`."""
+"""The training loop: fetch, step, log, evaluate, save. A step stands in `step.py`, what is kept in `state.py`."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_vlm import cost
-from megatron_vlm.batch import Batch
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.checkpoint.saver import Saver
-from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.faults import Fault
-from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
-from megatron_vlm.model.build import build
 from megatron_vlm.parallel import process
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, ending, faults, metrics, optim, recovery, resume, stragglers
+from megatron_vlm.train import directory, ending, faults, heldout, metrics, recovery, reporter, resume, stragglers
+from megatron_vlm.train import state as states
 from megatron_vlm.train.ending import Ending, Watch
 from megatron_vlm.train.guard import Guard
 from megatron_vlm.train.lock import Lock
-from megatron_vlm.train.metrics import Reporter
 from megatron_vlm.train.pulse import Pulse
-from megatron_vlm.train.recovery import Progress
+from megatron_vlm.train.reporter import Reporter
+from megatron_vlm.train.state import Progress
 from megatron_vlm.train.step import Outcome, Stepper
 from megatron_vlm.train.trace import traced
 from megatron_vlm.train.watchdog import Watchdog
@@ -43,10 +38,9 @@ def train(config: Config, layout: Layout) -> Ending:
     Raises ValueError where a checkpoint, the data or the tokenizer do not fit the settings, or another process uses
     the run directory; FloatingPointError where loss or gradients are not finite. Leaves exit.json in the run directory.
     """
-    metrics.check(config)
+    reporter.check(config)
     folder, first = directory.path(config), dist.get_rank() == 0
-    counters = {"skipped_steps": 0, "drawn_samples": 0, "skipped_samples": 0, "spikes": 0, "rollbacks": 0}
-    progress = Progress(0, counters, Guard(config.guard))
+    progress = Progress(Guard(config.guard))
     with ExitStack() as stack:
         watch = stack.enter_context(Watch(config.run, folder))
         with together("taking the run directory"):
@@ -55,7 +49,7 @@ def train(config: Config, layout: Layout) -> Ending:
                 (folder / ending.FILE).unlink(missing_ok=True)
         try:
             with ExitStack() as watched:
-                reason = _train(config, layout, progress, watch, watched)
+                reason = _loop(Run(config, layout, progress, watch, watched))
         except BaseException as error:
             if first and (folder / "config.yaml").exists():
                 words = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
@@ -68,126 +62,166 @@ def train(config: Config, layout: Layout) -> Ending:
     return done
 
 
-def _train(config: Config, layout: Layout, progress: Progress, watch: Watch, watched: ExitStack) -> str:
-    """The loop; gives why it ended early, or nothing. `watched`: takes up the watchdog."""
-    start = resume.find(config)
-    share = _share(layout)
-    loader = Loader(config, presets.architecture(config.model), share, state=start.data)
-    if config.eval.every:
-        _held_out(config, share).close()  # what it refuses is refused now
-    models = optim.wrap(build(config, layout), config)
-    optimizer = optim.build(models, config)
-    resume.restore(start, models, optimizer, config)
-    pulse = Pulse()
-    stepper = Stepper(models, optimizer, config, loader.sources, pulse)
-    reporter = _reporter(config, layout, start)
-    saver = Saver(directory.checkpoints(config), config)
-    _watchdog(config, pulse, loader, watched)
-    batches = iter(loader)
-    progress.step, saved, save_wait_s = start.step, start.step, 0.0
-    progress.counters |= start.counters
-    progress.guard.restore(start.guard)
-    # Of rank 0, which writes it.
-    progress.facts = {"stages": start.stages, "environment": directory.environment() if dist.get_rank() == 0 else {}}
-
-    while not (reason := _agreed(watch, saver, pulse)) and progress.step < config.train.steps:
-        began = time.perf_counter()
-        before = loader.state_dict()
-        step = pulse.step = progress.step + 1
-        with pulse.during("data"):
-            fetched = next(batches)
-        waited_s = time.perf_counter() - began
-        fetched = faults.settle(fetched, config.data.bad_samples)
-        faults.check(config, progress.counters, fetched)
-        with traced(directory.path(config), step, config.log.profile):
-            outcome = stepper.train(fetched.micro_batches, step, progress.guard.judge)
-        if outcome.event:
-            recovery.keep(config, layout, stepper, fetched, outcome, before, reporter)
-            saver.finish()
-            if recovery.goes_back(config, outcome, progress, models, optimizer, reporter):
-                saved = progress.step
-                continue
-        progress.step, counters = step, progress.counters
-        counters["skipped_steps"] += not outcome.applied
-        counters["spikes"] += outcome.event is not None
-        counters["drawn_samples"] += fetched.samples
-        counters["skipped_samples"] += len(fetched.skipped)
-        record = _record(config, step, fetched, outcome) | counters
-        record |= _speed(config, outcome, time.perf_counter() - began, waited_s) | {"save_wait_s": save_wait_s}
-        ledger, skipped = _ledger(fetched), fetched.skipped
-        if _due(step, config.eval.every):
-            scores, unread = _evaluate(config, stepper, share)
-            record |= scores
-            skipped += unread
-            ledger |= {"eval_skipped": [faults.entry(fault) for fault in unread]} if unread else {}
-        if reporter:
-            for fault in skipped:
-                reporter.say(f"step {step}  skipped {fault}")
-            reporter.step(record, ledger)
+def _loop(run: Run) -> str:
+    """The steps; gives why they ended early, or nothing."""
+    config, progress, last = run.config, run.state.progress, run.config.train.steps
+    while not (reason := run.agreed()) and progress.step < last:
+        turn = run.fetch()
+        outcome = run.step(turn)
+        if outcome.event and run.goes_back(turn, outcome):
+            continue
+        progress.count(turn.fetched, outcome)
+        step = progress.step
+        scores, unread = run.evaluate() if _due(step, config.eval.every) else ({}, ())
+        run.log(turn, outcome, scores, unread)
         if _due(step, config.log.norms_every) and outcome.norms:
-            norms = stepper.module_norms(outcome)
-            if reporter:
-                reporter.norms(step, norms)
+            run.log_norms(outcome)
         if _due(step, config.log.every):
-            ranks = stragglers.gather(pulse)
-            if reporter:
-                reporter.stragglers(step, ranks)
-        save_wait_s = 0.0
-        if _due(step, config.checkpoint.every) or step == config.train.steps:
-            with pulse.during("save"):
-                save_wait_s = _save(saver, models, optimizer, loader, progress, watch, wait=step == config.train.steps)
-            saved = step
-    pulse.enter("save")
-    saver.finish()
-    if reason and progress.step > saved:
-        _save(saver, models, optimizer, loader, progress, watch, wait=True)
-    pulse.enter("other")
-    early = reason if progress.step < config.train.steps else ""
-    peaks = process.peak_memory()
-    if reporter:
-        peaks_gb = ", ".join(f"{peak / 1e9:.2f}" for peak in peaks)
-        reporter.say(f"Peak memory by rank: {peaks_gb} GB.")
-        ended = (
-            f"Stopped after step {progress.step} ({reason}); the same command goes on from there."
-            if early
-            else (f"Finished at step {progress.step}.")
-        )
-        reporter.say(f"{ended} Checkpoint, metrics and logs: {directory.path(config)}")
-        reporter.close()
-    loader.close()
-    return early
+            run.log_stragglers()
+        if _due(step, config.checkpoint.every) or step == last:
+            run.save(wait=step == last)
+    return run.end(reason)
 
 
-def _watchdog(config: Config, pulse: Pulse, loader: Loader, watched: ExitStack) -> None:
-    """From here on a rank that hangs ends the run."""
-    folder = directory.path(config)
-    with together("clearing old heartbeats"):
-        if dist.get_rank() == 0:
-            Watchdog.clear(folder)
-    pulse.keys = lambda: loader.keys
-    pulse.enter("other")
-    watched.enter_context(Watchdog(folder, config.guard.hang_s, pulse))
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def _agreed(watch: Watch, saver: Saver, pulse: Pulse) -> str:
-    with pulse.during("collective"):
-        return watch.agreed(saver.failed)
+@dataclass
+class Turn:
+    """One time around the loop."""
+
+    step: int
+    began: float
+    """On the clock of time.perf_counter; so the next two."""
+    data: dict[str, Any]
+    """The loader's state before its rows."""
+    fetched: Fetched
+    waited_s: float
+    """For them."""
+    took_s: float = 0.0
+    """From `began` to the end of the step."""
 
 
-def _save(
-    saver: Saver, models: list[Any], optimizer: Any, loader: Loader, progress: Progress, watch: Watch, *, wait: bool
-) -> float:
-    """Save, in the background unless `wait`; the seconds that training was held up."""
-    began = time.monotonic()
-    state = {
-        "data": loader.state_dict(),
-        "counters": progress.counters,
-        "guard": progress.guard.state(),
-    } | progress.facts
-    saver.save(models=models, optimizer=optimizer, step=progress.step, state=state, wait=wait)
-    watch.saved(saver.took_s)
-    progress.guard.rollbacks = 0
-    return time.monotonic() - began
+class Run:
+    """Who works on the state of a run: what the loop calls. All of it is collective."""
+
+    def __init__(self, config: Config, layout: Layout, progress: Progress, watch: Watch, watched: ExitStack) -> None:
+        """`watched`: takes up the watchdog."""
+        self.config, self.layout, self._watch = config, layout, watch
+        self.state, start = states.begin(config, layout, progress)
+        self._share, self._folder = states.share(layout), directory.path(config)
+        loader, self._pulse = self.state.loader, Pulse()
+        self._stepper = Stepper(self.state.models, self.state.optimizer, config, loader.sources, self._pulse)
+        self._reporter = _reporter(config, layout, start)
+        self._saver = Saver(directory.checkpoints(config), config)
+        self._saved, self._save_wait_s = start.step, 0.0
+        self._watchdog(watched)
+        self._batches = iter(loader)
+
+    def _watchdog(self, watched: ExitStack) -> None:
+        """From here on a rank that hangs ends the run."""
+        with together("clearing old heartbeats"):
+            if dist.get_rank() == 0:
+                Watchdog.clear(self._folder)
+        self._pulse.keys = lambda: self.state.loader.keys
+        self._pulse.enter("other")
+        watched.enter_context(Watchdog(self._folder, self.config.guard.hang_s, self._pulse))
+
+    def agreed(self) -> str:
+        """The reason to end now, the same on every rank; empty = go on."""
+        with self._pulse.during("collective"):
+            return self._watch.agreed(self._saver.failed)
+
+    def fetch(self) -> Turn:
+        """The rows of the next step, as every rank trains on them."""
+        began, before = time.perf_counter(), self.state.loader.state_dict()
+        step = self._pulse.step = self.state.progress.step + 1
+        with self._pulse.during("data"):
+            fetched = next(self._batches)
+        waited_s = time.perf_counter() - began
+        fetched = faults.settle(fetched, self.config.data.bad_samples)
+        faults.check(self.config, self.state.progress.counters, fetched)
+        return Turn(step, began, before, fetched, waited_s)
+
+    def step(self, turn: Turn) -> Outcome:
+        """Forward, backward and update, if no guard is against it."""
+        with traced(self._folder, turn.step, self.config.log.profile):
+            outcome = self._stepper.train(turn.fetched.micro_batches, turn.step, self.state.progress.guard.judge)
+        turn.took_s = time.perf_counter() - turn.began
+        return outcome
+
+    def goes_back(self, turn: Turn, outcome: Outcome) -> bool:
+        """A guard has fired: keep the evidence; whether the run has gone back to an earlier step."""
+        recovery.keep(self.config, self.layout, self._stepper, turn.fetched, outcome, turn.data, self._reporter)
+        self._saver.finish()
+        back = recovery.goes_back(self.config, outcome, self.state, self._reporter)
+        if back:
+            self._saved = self.state.progress.step
+        return back
+
+    def evaluate(self) -> tuple[dict[str, float], tuple[Fault, ...]]:
+        """Loss on held-out rows, and what of them could not be loaded."""
+        return heldout.evaluate(self.config, self._stepper, self._share)
+
+    def log(self, turn: Turn, outcome: Outcome, scores: dict[str, float], unread: tuple[Fault, ...]) -> None:
+        """The step's lines."""
+        record = metrics.record(turn.step, turn.fetched, outcome) | self.state.progress.counters
+        record |= metrics.speed(self.config, outcome, turn.took_s, turn.waited_s)
+        record |= {"save_wait_s": self._save_wait_s} | scores
+        ledger = metrics.ledger(turn.fetched)
+        ledger |= {"eval_skipped": [faults.entry(fault) for fault in unread]} if unread else {}
+        self._save_wait_s = 0.0
+        if self._reporter:
+            for fault in (*turn.fetched.skipped, *unread):
+                self._reporter.say(f"step {turn.step}  skipped {fault}")
+            self._reporter.step(record, ledger)
+
+    def log_norms(self, outcome: Outcome) -> None:
+        """Of each module."""
+        norms = self._stepper.module_norms(outcome)
+        if self._reporter:
+            self._reporter.norms(self.state.progress.step, norms)
+
+    def log_stragglers(self) -> None:
+        """Where the time went on each rank since the last call."""
+        ranks = stragglers.gather(self._pulse)
+        if self._reporter:
+            self._reporter.stragglers(self.state.progress.step, ranks)
+
+    def save(self, *, wait: bool) -> None:
+        """A checkpoint of the state, in the background unless `wait`."""
+        began, state = time.monotonic(), self.state
+        with self._pulse.during("save"):
+            self._saver.save(
+                models=state.models,
+                optimizer=state.optimizer,
+                step=state.progress.step,
+                state=state.document(),
+                wait=wait,
+            )
+        self._watch.saved(self._saver.took_s)
+        state.progress.guard.rollbacks = 0
+        self._saved, self._save_wait_s = state.progress.step, time.monotonic() - began
+
+    def end(self, reason: str) -> str:
+        """Save what is not saved yet, and say how it ended; gives the reason where that is before the last step."""
+        step = self.state.progress.step
+        self._pulse.enter("save")
+        self._saver.finish()
+        if reason and step > self._saved:
+            self.save(wait=True)
+        self._pulse.enter("other")
+        early = reason if step < self.config.train.steps else ""
+        peaks = process.peak_memory()
+        if self._reporter:
+            self._reporter.say(f"Peak memory by rank: {', '.join(f'{peak / 1e9:.2f}' for peak in peaks)} GB.")
+            stopped = f"Stopped after step {step} ({reason}); the same command goes on from there."
+            ended = stopped if early else f"Finished at step {step}."
+            self._reporter.say(f"{ended} Checkpoint, metrics and logs: {self._folder}")
+            self._reporter.close()
+        self.state.loader.close()
+        return early
 
 
 def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter | None:
@@ -201,107 +235,7 @@ def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter |
         "layout": {name: getattr(layout, name) for name in ("world", "tensor", "context", "pipeline", "data")},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
-    reporter = Reporter(directory.prepare(config, start.step, facts), config, start.step)
-    reporter.say(start.words)
-    reporter.say(f"{layout.world} process(es) on {facts['device']}: {json.dumps(facts['layout'])}")
-    return reporter
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _share(layout: Layout) -> Share:
-    """Which rows and which crops this rank fetches."""
-    rank = dist.get_rank()
-    at = layout.coordinates(rank)
-    return Share(
-        data_rank=at.data,
-        data_ranks=layout.data,
-        crop_rank=layout.crop_rank(rank),
-        crop_ranks=layout.crop_ranks,
-        crops=at.pipeline == 0,  # only the first stage has a tower
-    )
-
-
-def _evaluate(config: Config, stepper: Stepper, share: Share) -> tuple[dict[str, float], tuple[Fault, ...]]:
-    """Loss on the first `eval.rows` held-out rows, always the same ones, and what of them could not be loaded."""
-    began = time.perf_counter()
-    loader = _held_out(config, share)
-    if loader.sources != stepper.sources:
-        raise ValueError(
-            f"data.mixture={config.data.mixture!r} was changed while the run went on: its data sets were "
-            f"{', '.join(stepper.sources)}, now {', '.join(loader.sources)}. Put it back, and start the run again: it "
-            "goes on from its latest checkpoint."
-        )
-    count = max(1, config.eval.rows // config.train.global_batch)
-    unread: list[Fault] = []
-    steps = (faults.settle(step, config.data.bad_samples) for step in itertools.islice(iter(loader), count))
-    outcome = stepper.evaluate(_micro_batches(steps, unread))
-    loader.close()
-    losses = {f"eval_loss/{name}": loss for name, loss in outcome.losses.items()}
-    record = {"eval_loss": outcome.loss, **losses, "eval_time_s": time.perf_counter() - began}
-    return record | ({"eval_skipped_samples": len(unread)} if unread else {}), tuple(unread)
-
-
-def _held_out(config: Config, share: Share) -> Loader:
-    try:
-        return Loader(config, presets.architecture(config.model), share, split=config.eval.split, one_pass=True)
-    except ValueError as error:
-        raise ValueError(
-            f"there are no rows for the held-out loss: {error} Build the shards with held-out samples, set eval.split "
-            f"to a split that has some, or switch it off with eval.every=0 (now {config.eval.every})."
-        ) from error
-
-
-def _micro_batches(steps: Iterator[Fetched], unread: list[Fault]) -> Iterator[tuple[Batch, ...]]:
-    """Those of each step; what the steps lack is added to `unread`."""
-    for step in steps:
-        unread += step.skipped
-        yield step.micro_batches
-
-
-def _record(config: Config, step: int, fetched: Fetched, outcome: Outcome) -> dict[str, Any]:
-    """What metrics.jsonl says about the step, speed not included."""
-    return {
-        "step": step,
-        "loss": outcome.loss,
-        "grad_norm": outcome.grad_norm,
-        **{f"grad_norm_{name}": norm for name, norm in outcome.norms.items()},
-        **{f"lr_{name}": rate for name, rate in outcome.rates.items()},
-        "tokens": fetched.tokens,
-        "useful_tokens": fetched.useful_tokens,
-        "image_tokens": fetched.image_tokens,
-        "crops": fetched.crops,
-        "samples": fetched.samples,
-        "cut_tokens": fetched.cut_tokens,
-        "dropped_branches": fetched.dropped_branches,
-        "dropped_images": fetched.dropped_images,
-        "fill": fetched.useful_tokens / fetched.tokens,
-        "loss_weight": outcome.weight,
-        **{f"loss/{name}": loss for name, loss in outcome.losses.items()},
-    }
-
-
-def _speed(config: Config, outcome: Outcome, step_time_s: float, waited_s: float) -> dict[str, Any]:
-    """Times, model FLOP/s of all ranks together, and the share of the devices' peak (null where it is not known)."""
-    flops = cost.training(presets.architecture(config.model), outcome.work, config.model.freeze)
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
-    peak = cost.peak_flops(torch.cuda.get_device_name()) if cuda else None
-    per_second = flops / step_time_s
-    return {
-        "step_time_s": step_time_s,
-        "data_wait_s": waited_s,
-        "model_flops_per_s": per_second,
-        "mfu": per_second / (peak * dist.get_world_size()) if peak else None,
-    }
-
-
-def _ledger(fetched: Fetched) -> dict[str, Any]:
-    return {
-        "window": fetched.window,
-        "offset": fetched.offset,
-        "keys_hash": fetched.keys_hash,
-        "skipped": [faults.entry(fault) for fault in fetched.skipped],
-        "cut": list(fetched.cut),
-    }
+    made = Reporter(directory.prepare(config, start.step, facts), config, start.step)
+    made.say(start.words)
+    made.say(f"{layout.world} process(es) on {facts['device']}: {json.dumps(facts['layout'])}")
+    return made

@@ -23,7 +23,8 @@ from megatron_vlm.data.unpacked import UnpackedLoader
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel import groups
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import faults, loop, optim, parity, pieces
+from megatron_vlm.train import faults, optim, parity, pieces
+from megatron_vlm.train.state import share
 from megatron_vlm.train.step import Stepper
 from megatron_vlm.train.trial import Plan
 
@@ -86,7 +87,7 @@ class _Watched(Stepper):
 
 def _loader(config: Config, layout: Layout, packed: bool, state: dict[str, Any] | None) -> Loader:
     loader = (Loader if packed else UnpackedLoader)(
-        config, presets.architecture(config.model), loop._share(layout), state=state
+        config, presets.architecture(config.model), share(layout), state=state
     )
     if isinstance(loader, UnpackedLoader) and layout.virtual_pipeline > 1:
         loader.multiple = layout.pipeline  # the interleaved schedule deals micro-batches in such groups

@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_vlm.config.architecture import COMPONENTS
-from megatron_vlm.config.schema import ComponentOptimConfig, Config, OptimConfig
+from megatron_vlm.config.schema import Config, OptimConfig
 from megatron_vlm.model.build import component_of
 from megatron_vlm.parallel import groups
 from megatron_vlm.train.schedule import learning_rate
@@ -25,13 +25,6 @@ from megatron_vlm.train.schedule import learning_rate
 #: `lr_mult` of each component's groups. Megatron finds a loaded group by (wd_mult, lr_mult, ...) and not by its
 #: learning rate, so groups without tags would take each other's rates after a resume. Nothing multiplies by it.
 TAGS = {component: float(1 + index) for index, component in enumerate(COMPONENTS)}
-#: Components whose gradients are clipped together, by the name under which learning rate and norm are reported.
-CLIPPED_TOGETHER = {
-    "vision": ("vision",),
-    "connector": ("connector",),
-    "language": ("language", "base_embeddings"),
-}
-
 #: Numbers whose squares are summed in float32.
 RUN = 1024
 
@@ -78,8 +71,11 @@ def build(models: Sequence[DistributedDataParallel], config: Config) -> Megatron
             overrides[_key(component, decays)] = {"lr_mult": TAGS[component], "wd_mult": float(decays)}
     optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
     for name, group in _named_groups(optimizer):
-        group["weight_decay"] = _own(optim, name, "weight_decay") * group["wd_mult"]
-        group["betas"], group["eps"] = tuple(_own(optim, name, "betas")), _own(optim, name, "eps")
+        own = optim.of(name)
+        # The table's only group is one without decay, unless the component itself has some.
+        decays = name == "base_embeddings" or group["wd_mult"]
+        group["weight_decay"] = own.weight_decay if decays else 0.0
+        group["betas"], group["eps"] = own.betas, own.eps
         if "fused" in group:  # torch's AdamW; on a CPU it would go through the tensors operator by operator
             group["fused"] = True
     return optimizer
@@ -102,22 +98,17 @@ def decayed(name: str, parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1 and (projection or not table)
 
 
-def _settings(optim: OptimConfig, name: str) -> ComponentOptimConfig:
-    return getattr(optim, name)
-
-
-def _own(optim: OptimConfig, name: str, setting: str) -> Any:
-    """A component's value of a setting that all have in common unless it says otherwise."""
-    own = getattr(_settings(optim, name), setting)
-    return getattr(optim, setting) if own is None else own
+def reported(config: Config) -> tuple[str, ...]:
+    """Components whose learning rate and norm are reported: the base embeddings only where they train."""
+    return tuple(name for name in COMPONENTS if name != "base_embeddings" or name not in config.model.freeze)
 
 
 def set_learning_rates(optimizer: MegatronOptimizer, config: Config, step: int) -> dict[str, float]:
-    """Write the learning rates of `step` (from 1) into the groups; gives them by component name."""
+    """Write the learning rates of `step` (from 1) into the groups; gives those that are reported."""
     optim = config.optim
     rates = {
-        name: learning_rate(_settings(optim, name), optim.schedule, step, config.train.steps, optim.decay_steps)
-        for name in CLIPPED_TOGETHER
+        name: learning_rate(optim.of(name), optim.schedule, step, config.train.steps, optim.decay_steps)
+        for name in reported(config)
     }
     for name, group in _named_groups(optimizer):
         group["lr"] = rates[name]
@@ -125,20 +116,20 @@ def set_learning_rates(optimizer: MegatronOptimizer, config: Config, step: int) 
 
 
 def _named_groups(optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str, Any]]]:
-    names = {TAGS[component]: name for name, components in CLIPPED_TOGETHER.items() for component in components}
+    names = {tag: component for component, tag in TAGS.items()}
     for group in optimizer.param_groups:
         yield names[group["lr_mult"]], group
 
 
 @torch.no_grad()
-def clip(optimizer: MegatronOptimizer, optim: OptimConfig) -> dict[str, float]:
-    """Scale the gradients to the largest norms that `optim` allows; gives the norms before, by component.
+def clip(optimizer: MegatronOptimizer, config: Config) -> dict[str, float]:
+    """Scale the gradients to the largest norms that `config.optim` allows; gives the norms before, of `reported`.
 
     Call it between `prepare_grads` and `step_with_ready_grads`, on every rank, also on one without parameters.
     Each number is counted once: ranks hold disjoint shards over the data-parallel ranks; of a parameter that every
-    tensor-parallel rank holds whole, the first one counts.
+    tensor-parallel rank holds whole, the first one counts, and of a tied table the copy on the first stage.
     """
-    names = list(CLIPPED_TOGETHER)
+    names = reported(config)
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     counted: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for name, group in _named_groups(optimizer):
@@ -156,7 +147,7 @@ def clip(optimizer: MegatronOptimizer, optim: OptimConfig) -> dict[str, float]:
             squares[index] = _square(counted[name])
     groups.add_up(squares, optimizer.get_grad_stats_parallel_group())
     norms = dict(zip(names, squares.sqrt().tolist(), strict=True))
-    for name, scale in clip_scales(norms, optim).items():
+    for name, scale in clip_scales(norms, config.optim).items():
         if scale < 1 and gradients[name]:
             torch._foreach_mul_(gradients[name], scale)
     return norms
@@ -181,14 +172,8 @@ def _square(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def clip_scales(norms: dict[str, float], optim: OptimConfig) -> dict[str, float]:
     """What the gradients of each component are multiplied by; 1 where the norm is small enough, or not a number."""
-    most = {name: _own(optim, name, "clip_norm") for name in norms}
+    most = {name: optim.of(name).clip_norm for name in norms}
     if optim.clip_by == "global":
         norms = dict.fromkeys(norms, math.sqrt(sum(norm**2 for norm in norms.values())))
-    scales = {name: most[name] / (norm + 1e-6) if most[name] else 1.0 for name, norm in norms.items()}
+    scales = {name: (most[name] or math.inf) / (norm + 1e-6) for name, norm in norms.items()}
     return {name: scale if 0 < scale < 1 else 1.0 for name, scale in scales.items()}
-
-
-def clipped_as(name: str) -> str:
-    """Parameter name -> the name under which its gradient is clipped and reported."""
-    component = component_of(name)
-    return next(group for group, members in CLIPPED_TOGETHER.items() if component in members)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm.checkpoint import load as checkpoints
@@ -13,27 +12,14 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.train import directory, dump
-from megatron_vlm.train.guard import Guard
-from megatron_vlm.train.metrics import Reporter
+from megatron_vlm.train.reporter import Reporter
+from megatron_vlm.train.state import State
 from megatron_vlm.train.step import Outcome, Stepper
 
 _ADVICE = (
     "Run the step again (tools/replay.py) and look at its rows; lower the learning rates or lengthen the warm-up. The "
     "same command goes on from the last checkpoint, with guard.not_finite or guard.spike=skip past such steps."
 )
-
-
-@dataclass
-class Progress:
-    """All that a resumed run needs beside weights, optimizer and the loader's state."""
-
-    step: int
-    """Steps done."""
-    counters: dict[str, int]
-    """Counts over the whole run."""
-    guard: Guard
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What stands in every checkpoint of the run: `stages`, the checkpoints that it comes from, and `environment`."""
 
 
 def keep(
@@ -66,14 +52,12 @@ def keep(
             reporter.say(f"step {event.step}  guard: {event.words}; policy {event.policy}; {where}")
 
 
-def goes_back(
-    config: Config, outcome: Outcome, progress: Progress, models: list[Any], optimizer: Any, reporter: Reporter | None
-) -> bool:
+def goes_back(config: Config, outcome: Outcome, state: State, reporter: Reporter | None) -> bool:
     """What follows from a guard's event; whether the run is at another step now. Collective.
 
     Raises FloatingPointError where the policy is to stop, or nothing else is left.
     """
-    event, guard = outcome.event, progress.guard
+    event, progress, guard = outcome.event, state.progress, state.progress.guard
     assert event is not None
     stop = f"step {event.step} has no sane {event.name}: {event.words}. Nothing was updated. {_ADVICE}"
     if event.policy == "stop":
@@ -90,9 +74,9 @@ def goes_back(
         raise FloatingPointError(f"there is no checkpoint to roll back to yet; {stop}")
     done = progress.counters["rollbacks"] + 1
     record = checkpoints.read(directory.checkpoints(config))
-    state = checkpoints.load(record.path, models=models, optimizer=optimizer, config=config)
-    progress.step, progress.counters = record.step, state["counters"] | {"rollbacks": done}
-    guard.restore(state.get("guard", {}))
+    told = checkpoints.load(record.path, models=state.models, optimizer=state.optimizer, config=config)
+    progress.step, progress.counters = record.step, told["counters"] | {"rollbacks": done}
+    guard.restore(told.get("guard", {}))
     if reporter:
         reporter.back_to(progress.step)
         reporter.say(f"Rolled back to step {progress.step}; the rows since then are passed over.")

@@ -24,10 +24,11 @@ from megatron_vlm.batch import Batch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.cost import Work
 from megatron_vlm.parallel import context, cpu, groups
-from megatron_vlm.train import evidence, metrics, optim
+from megatron_vlm.train import evidence, optim
 from megatron_vlm.train.evidence import Evidence, Seen
 from megatron_vlm.train.guard import Event
 from megatron_vlm.train.pulse import Pulse
+from megatron_vlm.train.work import work_of
 
 Judge = Callable[[int, Mapping[str, float]], Event | None]
 
@@ -109,7 +110,7 @@ class Stepper:
         self.pulse.enter("optimizer")
         with cpu.direct():
             self.optimizer.prepare_grads()
-            norms = optim.clip(self.optimizer, self.config.optim)
+            norms = optim.clip(self.optimizer, self.config)
         rates = optim.set_learning_rates(self.optimizer, self.config, step)
         with self.pulse.during("collective"):
             values = self._agreed({"loss": outcome.loss, **norms})
@@ -161,7 +162,7 @@ class Stepper:
         numbers = torch.zeros(1 + len(fields(Work)), dtype=torch.float64)
         for batch in micro_batches:
             weight = batch.loss_weights.sum(dtype=torch.float64).item()
-            numbers += torch.tensor([weight, *astuple(metrics.work(batch))], dtype=torch.float64)
+            numbers += torch.tensor([weight, *astuple(work_of(batch))], dtype=torch.float64)
         numbers = numbers.to(self.device)
         groups.add_up(numbers, groups.data())
         weight, *counts = numbers.tolist()

@@ -156,13 +156,14 @@ def _settled(settings, folders):
     """The first step, settled, where every rank reads its own copy of the data."""
     from megatron_vlm.parallel import groups
     from megatron_vlm.parallel.layout import Layout
-    from megatron_vlm.train import faults, loop
+    from megatron_vlm.train import faults
+    from megatron_vlm.train.state import share
 
     layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=0, timeout_s=30)
     own = dataclasses.replace(settings.data, manifest=str(folders[dist.get_rank()] / "shards"))
     config = dataclasses.replace(settings, data=own)
-    loader = Loader(config, presets.architecture(config.model), loop._share(layout))
+    loader = Loader(config, presets.architecture(config.model), share(layout))
     try:
         step = faults.settle(next(iter(loader)), "skip")
         return [fault.sample for fault in step.skipped], float(step.global_loss_weight)

@@ -38,7 +38,7 @@ _attention._get_raw = True  # type: ignore[attr-defined]  # tensors, not their s
 @pytest.mark.parametrize("connector", ["attention_pooling", "linear", "mlp"])  # whose windows `tiny` makes
 def test_operations_are_those_that_torch_counts(one_rank, connector):
     from megatron_vlm.model.build import build
-    from megatron_vlm.train import metrics
+    from megatron_vlm.train.work import work_of
 
     config = tiny.config(tiny.ARCH)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, connector=connector))
@@ -48,12 +48,12 @@ def test_operations_are_those_that_torch_counts(one_rank, connector):
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={flash: _attention}) as counter:
         model.eval()(batch)
-    flops = cost.forward(arch, metrics.work(batch))
+    flops = cost.forward(arch, work_of(batch))
     assert counter.get_total_flops() == flops.vision + flops.connector + flops.language
 
 
 def test_pairs_are_those_that_the_mask_allows():
-    from megatron_vlm.train import metrics
+    from megatron_vlm.train.work import work_of
 
     for numbers in ([1], [2, 3], [4, 5, 6]):
         batch = tiny.batch(tiny.ARCH, numbers)
@@ -61,18 +61,18 @@ def test_pairs_are_those_that_the_mask_allows():
         for row in marks(batch).unbind(1):
             found = places(row)
             counted += int(visible(Places(*(x[:, None] for x in found)), Places(*(x[None] for x in found))).sum())
-        assert metrics.work(batch).pairs == counted > 0
+        assert work_of(batch).pairs == counted > 0
 
 
 def test_weights_and_biases_gets_every_step_and_the_same_run_again(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from megatron_vlm.config.schema import Config, LogConfig
-    from megatron_vlm.train import metrics
+    from megatron_vlm.train import reporter as reporters
 
     config = Config(log=LogConfig(tensorboard=False, wandb="project"))
     with pytest.raises(ValueError, match="log.wandb='project', but the package wandb is not installed"):
-        metrics.check(config)
+        reporters.check(config)
     started: list[dict] = []
     logged: list[dict] = []
 
@@ -86,7 +86,7 @@ def test_weights_and_biases_gets_every_step_and_the_same_run_again(tmp_path, mon
     record = {"step": 3, "loss": float("nan"), "lr_vision": 0.1, "grad_norm": 1.0, "lr_language": 0.1,
               "useful_tokens": 1, "step_time_s": 1.0, "data_wait_s": 0.0}  # fmt: skip
     for start in (0, 2):
-        reporter = metrics.Reporter(tmp_path, config, start)
+        reporter = reporters.Reporter(tmp_path, config, start)
         reporter.step(record, {})
         reporter.close()
     assert [settings["id"] for settings in started] == [None, "new"] and started[0]["project"] == "project"

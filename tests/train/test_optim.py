@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from tests.data import world as data
 from tests.train import world
+from tests.train.kills import CLOCKS
 
 
 @pytest.fixture
@@ -16,12 +17,13 @@ def trainer(tmp_path, one_rank):
     from megatron_vlm.data.loader import Loader
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel.layout import Layout
-    from megatron_vlm.train import loop, optim
+    from megatron_vlm.train import optim
+    from megatron_vlm.train.state import share
     from megatron_vlm.train.step import Stepper
 
     data.build(tmp_path, sizes={"captions": 6, "pointing": 3, "text": 2})
     settings = world.config(tmp_path)
-    loader = Loader(settings, presets.architecture(settings.model), loop._share(Layout(1)))
+    loader = Loader(settings, presets.architecture(settings.model), share(Layout(1)))
     models = optim.wrap(build(settings, Layout(1)), settings)
     stepper = Stepper(models, optim.build(models, settings), settings, loader.sources)
     yield stepper, next(iter(loader)).micro_batches
@@ -68,7 +70,8 @@ def test_each_component_is_clipped_by_its_own_norm(trainer, monkeypatch):
     def watched(optimizer, settings):
         before.update(norms(optimizer))
         bounds.append((min(before.values()) + max(before.values())) / 2)
-        reported = clip(optimizer, dataclasses.replace(settings, clip_norm=bounds[0]))
+        tight = dataclasses.replace(settings.optim, clip_norm=bounds[0])
+        reported = clip(optimizer, dataclasses.replace(settings, optim=tight))
         after.update(norms(optimizer))
         return reported
 
@@ -94,31 +97,53 @@ def test_clipping_by_own_norms_or_by_that_of_all():
     assert set(optim.clip_scales(norms, OptimConfig(clip_norm=0)).values()) == {1.0}
 
 
-def test_each_component_has_its_own_moments(trainer):
-    from megatron_vlm.config.schema import ComponentOptimConfig, OptimConfig
+def test_each_component_has_its_own_moments_rate_and_clipping(one_rank):
+    from megatron_vlm.config.schema import ComponentOptimConfig, Config, EmbeddingsOptimConfig, ModelConfig, OptimConfig
+    from megatron_vlm.model.build import build
+    from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import optim
 
-    stepper, _ = trainer
     vision = ComponentOptimConfig(betas=(0.8, 0.9), eps=1e-8, weight_decay=0.3)
-    settings = dataclasses.replace(stepper.config, optim=OptimConfig(vision=vision, weight_decay=0.1))
-    built = optim.build(stepper.models, settings)
-    found = {(name, group["betas"], group["eps"], group["weight_decay"]) for name, group in optim._named_groups(built)}
+    language = ComponentOptimConfig(lr=4e-4, warmup_steps=4, eps=1e-7, clip_norm=2.0)
+
+    def built(**table):
+        settings = OptimConfig(
+            vision=vision, language=language, base_embeddings=EmbeddingsOptimConfig(**table), weight_decay=0.1
+        )
+        config = Config(model=ModelConfig(freeze=()), optim=settings)
+        optimizer = optim.build(optim.wrap(build(config, Layout(1)), config), config)
+        rates = optim.set_learning_rates(optimizer, config, 1)
+        found = {
+            (name, group["betas"], group["eps"], group["weight_decay"])
+            for name, group in optim._named_groups(optimizer)
+        }
+        assert all(group["lr"] == rates[name] for name, group in optim._named_groups(optimizer))
+        return found, rates, optim.clip_scales(dict.fromkeys(rates, 4.0), settings)
+
+    found, rates, scales = built()
     assert found == {
         ("vision", (0.8, 0.9), 1e-8, 0.3), ("vision", (0.8, 0.9), 1e-8, 0.0),
         ("connector", (0.9, 0.95), 1e-6, 0.1), ("connector", (0.9, 0.95), 1e-6, 0.0),
-        ("language", (0.9, 0.95), 1e-6, 0.1), ("language", (0.9, 0.95), 1e-6, 0.0),
+        ("language", (0.9, 0.95), 1e-7, 0.1), ("language", (0.9, 0.95), 1e-7, 0.0),
+        ("base_embeddings", (0.9, 0.95), 1e-7, 0.0),  # as the decoder, but for decay
     }  # fmt: skip
+    assert rates["base_embeddings"] == rates["language"] == 1e-4
+    assert scales == pytest.approx({"vision": 1 / 4, "connector": 1 / 4, "language": 1 / 2, "base_embeddings": 1 / 2})
+    found, rates, scales = built(lr=8e-4, warmup_steps=2, betas=(0.5, 0.6), weight_decay=0.2, clip_norm=3.0)
+    assert ("base_embeddings", (0.5, 0.6), 1e-7, 0.2) in found
+    assert (rates["base_embeddings"], rates["language"]) == (4e-4, 1e-4)
+    assert scales["base_embeddings"] == pytest.approx(3 / 4)
 
 
 def test_norms_of_modules_are_those_of_their_gradients_and_weights(trainer):
-    from megatron_vlm.train import optim
+    from megatron_vlm.model.build import component_of
 
     stepper, micro_batches = trainer
     outcome = stepper.train(micro_batches, 1)
     found = stepper.module_norms(outcome)
     (model,) = [wrapped.module for wrapped in stepper.models]
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    trained = {name.rsplit(".", 1)[0]: optim.clipped_as(name) for name in names}
+    trained = {name.rsplit(".", 1)[0]: component_of(name) for name in names}
     assert set(found["gradients"]) == set(found["parameters"]) == set(trained)
     for name in trained:
         own = [p for p in model.get_submodule(name).parameters(recurse=False) if p.requires_grad]
@@ -175,57 +200,67 @@ def test_loss_is_the_weighted_mean_of_the_token_losses(trainer):
 
 
 def _run(settings, steps):
-    """`loop.train` on a rank of a pool, for so many steps; then as if there were a stop file."""
+    """`loop.train` on a rank of a pool, for so many steps; then as if there were a stop file. The head is tied."""
+    from megatron_vlm.config import presets
     from megatron_vlm.parallel import groups
     from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import loop
 
     layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
+    tiny = presets.PRESETS["tiny"]
+    tied = dataclasses.replace(tiny, language=dataclasses.replace(tiny.language, tied_head=True))
     reasons = iter([""] * steps + ["stop file"])
     agreed, loop.Watch.agreed = loop.Watch.agreed, lambda *_: next(reasons)
+    presets.PRESETS["tiny"] = tied
     try:
         loop.train(settings, layout)
     finally:
-        loop.Watch.agreed = agreed
+        loop.Watch.agreed, presets.PRESETS["tiny"] = agreed, tiny
 
 
 @pytest.mark.slow
-def test_a_run_stopped_on_one_layout_goes_on_on_another(tmp_path, pool):
-    """With all that depends on the step: rates that decay at the end, a batch that grows, moments per component."""
+def test_a_run_stopped_on_layout_after_layout_logs_what_the_one_that_never_stopped_does(tmp_path, pool):
+    """All that depends on the step: rates that decay at the end, a batch that grows, moments per component; the base
+    embeddings train, and are the head: with PP 2 two stages have a copy."""
     import json
 
-    from megatron_vlm.config.schema import ComponentOptimConfig
+    from megatron_vlm.config.schema import ComponentOptimConfig, EmbeddingsOptimConfig
 
     data.build(tmp_path)
-
     vision = ComponentOptimConfig(lr=5e-4, min_lr=1e-5, warmup_steps=2, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3)
+    table = EmbeddingsOptimConfig(lr=2e-3, warmup_steps=3, betas=(0.7, 0.8), weight_decay=0.2, clip_norm=0.02)
 
     def settings(name, **parallel):
-        config = world.config(tmp_path, **parallel)
+        config = world.config(tmp_path, freeze=(), **parallel)
         return dataclasses.replace(
             config,
             run=dataclasses.replace(config.run, dir=str(tmp_path / name), device="cpu"),
             train=dataclasses.replace(
-                config.train, steps=6, residual_dropout=0.1, rampup_steps=4, rampup_from=4, rampup_by=4
+                config.train, steps=7, residual_dropout=0.1, rampup_steps=4, rampup_from=4, rampup_by=4
             ),
             optim=dataclasses.replace(
-                config.optim, vision=vision, schedule="wsd", decay_steps=3, clip_by="global", clip_norm=0.5
+                config.optim, vision=vision, base_embeddings=table, schedule="wsd", decay_steps=4
             ),
             log=dataclasses.replace(config.log, tensorboard=False),
         )
 
-    pool(1).run(_run, settings("whole"), 6, timeout_s=120)
+    pool(1).run(_run, settings("whole"), 7, timeout_s=120)
     pool(2).run(_run, settings("changed", tensor=2, sequence=True), 1, timeout_s=120)
-    pool(2).run(_run, settings("changed"), 3, timeout_s=120)
+    pool(2).run(_run, settings("changed", pipeline=2), 3, timeout_s=120)
+    pool(2).run(_run, settings("changed"), 1, timeout_s=120)
     pool(1).run(_run, settings("changed"), 2, timeout_s=120)
     whole, changed = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "changed")
     )
-    assert [line["step"] for line in changed] == [1, 2, 3, 4, 5, 6]
-    assert [line["tokens"] // 192 for line in whole] == [4, 4, 8, 8, 8, 8]
-    for key in ("loss", "grad_norm_vision", "grad_norm_connector", "grad_norm_language", "lr_vision", "tokens"):
-        assert [line[key] for line in changed] == pytest.approx([line[key] for line in whole], rel=1e-5), key
+    assert [line["step"] for line in changed] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["tokens"] // 192 for line in whole] == [4, 4, 8, 8, 8, 8, 8]
+    assert {"lr_base_embeddings", "grad_norm_base_embeddings", "loss/captions"} <= set(whole[0])
+    assert all(line["grad_norm_base_embeddings"] > 0.02 for line in whole)  # all are clipped
+    assert whole[1]["lr_base_embeddings"] == pytest.approx(2e-3 * 2 / 3)
+    for one, other in zip(whole, changed, strict=True):
+        same = [name for name in one if name not in CLOCKS]
+        assert {name: other[name] for name in same} == pytest.approx({name: one[name] for name in same}, rel=1e-5)
     ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "changed")]
     assert ledgers[0] == ledgers[1]  # the same rows in the same order

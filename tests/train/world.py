@@ -34,12 +34,13 @@ def stepper(settings: Config) -> tuple[Any, Loader]:
     """The stepper and the loader of this rank, Megatron's groups made."""
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel import groups
-    from megatron_vlm.train import loop, optim
+    from megatron_vlm.train import optim
+    from megatron_vlm.train.state import share
     from megatron_vlm.train.step import Stepper
 
     layout = Layout.of(settings, dist.get_world_size())
     groups.initialize(layout, seed=settings.train.seed, timeout_s=30)
-    loader = Loader(settings, presets.architecture(settings.model), loop._share(layout))
+    loader = Loader(settings, presets.architecture(settings.model), share(layout))
     models = optim.wrap(build(settings, layout), settings)
     return Stepper(models, optim.build(models, settings), settings, loader.sources), loader
 
@@ -51,7 +52,7 @@ def steps(settings: Config, record: tuple[int, ...] = ()) -> dict[str, Any]:
     trainer, loader = stepper(settings)
     clip, found = optim.clip, {}
 
-    def watched_clip(optimizer: Any, settings: OptimConfig) -> dict[str, float]:
+    def watched_clip(optimizer: Any, settings: Config) -> dict[str, float]:
         if step in record:
             found[step] = pieces.gradients(trainer.models, optimizer)
         return clip(optimizer, settings)

@@ -1,4 +1,4 @@
-"""What the loop itself refuses. Runs end to end are in test_main.py and test_layouts.py."""
+"""What the held-out loss refuses. Runs end to end are in test_main.py and test_layouts.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.train import loop
+from megatron_vlm.train import heldout
 
 
 def test_a_mixture_that_changes_during_the_run_is_refused(monkeypatch):
     # Losses per data set go by the number of the set in the mixture: another mixture would give them wrong names.
-    monkeypatch.setattr(loop, "_held_out", lambda config, share: SimpleNamespace(sources=("a", "c")))
+    monkeypatch.setattr(heldout, "open_loader", lambda config, share: SimpleNamespace(sources=("a", "c")))
     stepper = SimpleNamespace(sources=("a", "b"))
     with pytest.raises(ValueError, match="changed while the run went on: its data sets were a, b, now a, c"):
-        loop._evaluate(Config(), stepper, None)  # type: ignore[arg-type]
+        heldout.evaluate(Config(), stepper, None)  # type: ignore[arg-type]
