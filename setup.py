@@ -22,6 +22,10 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
         "numpy>=2.0",
+        # tools/evaluate.py: matching of places, boundaries of masks; run lengths of masks; the page of answers
+        "scipy>=1.14",
+        "pycocotools>=2.0.8",
+        "jinja2>=3.1",
         "pyyaml>=6.0",
         "dacite>=1.9",
         "docstring_parser>=0.16",

@@ -31,17 +31,27 @@ COUNT_ONLY = ("count", "counting", "multi_image_counting", "video_count")
 #: Ends of styles of tracks that name only the first and the last place of each object.
 ENDS_ONLY = "_start_end"
 
-_TAG = re.compile(r"<(?:points|tracks)\b.*?\bcoords=\"([0-9\t:;, .]+)", re.DOTALL)
-_GROUP = re.compile(r"(?:^|[\t:,;])\s*([0-9]+(?:\.[0-9]+)?) ([0-9 .]+)")
-_PLACE = re.compile(r"([0-9]+) ([0-9]{3,4}) ([0-9]{3,4})(?![0-9])")
-_MOLMO1_TAG = re.compile(r"<points?\s([^>]*)>")
-_MOLMO1_PLACE = re.compile(r"\bx([0-9]*)\s*=\s*[\"']?\s*([0-9.]+)[\"']?\s+y\1\s*=\s*[\"']?\s*([0-9.]+)")
-_EDUCATIONAL = re.compile(r"<point\s+((?:[0-9.]+\s*,\s*){2,3}[0-9]+)\s*/?>")
-_COUNTS = (
-    re.compile(r"shows a total of ([0-9]+)"),
-    re.compile(r"[Tt]here (?:are|is) ([0-9]+)"),
-    re.compile(r"^\s*([0-9]+)\s*\.?\s*$"),
+# Read from what a model says: on any text each pattern takes linear time, and no number is too long for Python.
+_TAG = re.compile(r"<(?:points|tracks)\b[^<]*?\bcoords=\"([0-9\t:;, .]+)")
+_GROUP = re.compile(r"(?:^|[\t:,;]) *([0-9]{1,9}(?:\.[0-9]{1,9})?) ([0-9 .]+)")
+_PLACE = re.compile(r"(?<![0-9])([0-9]{1,9}) ([0-9]{3,4}) ([0-9]{3,4})(?![0-9])")
+_MOLMO1_TAG = re.compile(r"<points?\s([^<>]*)>")
+_MOLMO1_PLACE = re.compile(
+    r"\bx([0-9]{0,9})\s*=\s*(?:[\"']\s*)?([0-9.]{1,20})[\"']?\s+y\1\s*=\s*(?:[\"']\s*)?([0-9.]{1,20})"
 )
+_EDUCATIONAL = re.compile(r"<point\s+((?:[0-9.]{1,20}\s*,\s*){2,3}[0-9]{1,9})\s*/?>")
+_COUNTS = (
+    re.compile(r"shows a total of ([0-9]{1,9})(?![0-9])"),
+    re.compile(r"[Tt]here (?:are|is) ([0-9]{1,9})(?![0-9])"),
+    re.compile(r"^([0-9]{1,9})$"),
+)
+_NUMBERS = {
+    word: number
+    for number, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen twenty".split()
+    )
+}
 
 
 class Place(NamedTuple):
@@ -148,13 +158,15 @@ def parse_tracks(text: str) -> dict[int, list[Place]]:
 
 
 def parse_count(text: str) -> int | None:
-    """The number that an answer states; else the number of places in it; None where it has neither."""
+    """The number that an answer states, in digits or as a word alone; else that of its places; None without either."""
     if NONE in text:
         return 0
+    stated = text.strip().removesuffix(".").rstrip()
     for pattern in _COUNTS:
-        if match := pattern.search(text):
+        if match := pattern.search(stated):
             return int(match[1])
-    return len(parse(text)) or None
+    word = _NUMBERS.get(stated.lower())
+    return word if word is not None else len(parse(text)) or None
 
 
 def _molmo2_places(coordinates: str) -> list[Place]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from megatron_vlm.data import crops, prompts
-from megatron_vlm.data.example import Branch, Example, Points
+from megatron_vlm.data.example import Branch, Example
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.media import Store, read_crops
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tree import TreeSettings, media_layouts, prefix_tokens
 from megatron_vlm.evaluate.generate import Prompt
-from megatron_vlm.evaluate.score import same_answer
 
-#: Answers without a natural length: the usual length hint is right for them. All others are short or made of places.
-LONG_STYLES = ("long_caption", "short_caption", "transcript", "text_sft")
+#: Ends of the styles of answers without a natural length: the usual length hint is right for them. All others are short
+#: or made of places.
+LONG_STYLES = ("caption", "transcript", "text_sft")
 
 
 @dataclass(frozen=True)
@@ -27,51 +28,87 @@ class Task:
     """One data set of a manifest and how its answers are judged."""
 
     name: str
-    """Of the report, and of the data set."""
+    """Of the report, and, unless `dataset` says otherwise, of the data set."""
     kind: str
-    """answer: the words must be the same; pointing: places must match; count: the number must be right."""
+    """Key of kinds.KINDS."""
     max_new_tokens: int
     """Longest answer."""
     split: str = "test"
+    dataset: str = ""
+    """Of the manifest. "" = as the task."""
+    radius: float = 0.0
+    """How far from a place without a mask a hit may lie, as a share of the longer side. 0 = the data set must say."""
+
+    @property
+    def data(self) -> str:
+        """The data set's name."""
+        return self.dataset or self.name
 
 
-#: The tasks that the bundled sample data can score.
-TASKS = {
-    task.name: task
-    for task in (
-        Task("easy_vqa", "answer", 8),
-        Task("pointing", "pointing", 96),
-        Task("pointing_new", "pointing", 96),
-        Task("counting", "count", 128),
-        Task("vqa", "answer", 24),
-    )
+def _tasks(kind: str, max_new_tokens: int, *names: str, **more: Any) -> dict[str, Task]:
+    return {name: Task(name, kind, max_new_tokens, **more) for name in names}
+
+
+#: Every task by its name. First those of the bundled sample data; then published sets, as build_shards names them, with
+#: the longest answers that Molmo2's evaluation allows.
+TASKS: dict[str, Task] = {
+    **_tasks("answer", 8, "easy_vqa"),
+    **_tasks("pointing", 96, "pointing", "pointing_new"),
+    **_tasks("count", 128, "counting"),
+    **_tasks("answer", 24, "vqa", "video_vqa"),
+    **_tasks("caption", 256, "captions", "video_caption"),
+    **_tasks("video pointing", 96, "video_points"),
+    **_tasks("tracking", 384, "video_tracks"),
+    # The recipes' data, held out.
+    **_tasks("vqa", 12, "coco_2014_vqa_multi", "text_vqa", "okvqa", "a_okvqa_da", split="validation"),
+    **_tasks("relaxed", 12, "chart_qa_weighted", split="validation"),
+    **_tasks("anls", 32, "doc_qa", "info_qa", split="validation"),
+    **_tasks("choice", 32, "a_okvqa_mc", "science_qa_img", split="validation"),
+    **_tasks("caption", 1024, "pixmo_cap", "vixmo3_top_level_captions_min_3", split="validation"),
+    # PixMo-Count and the academic video points give clicks, no masks: within a twentieth of the longer side.
+    "pixmo_count": Task("pixmo_count", "count", 2048, "test", "pixmo_count_train"),
+    "pixmo_count_points": Task("pixmo_count_points", "pointing", 2048, "test", "pixmo_count_train", 0.05),
+    **_tasks("answer", 32, "pixmo_clocks"),
 }
+
+
+def find(name: str) -> Task:
+    """A task by its name. Raises ValueError, with the nearest names, where there is none."""
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=3)
+        words = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}."
+        raise ValueError(f"there is no task {name!r}; {words}")
+    return TASKS[name]
 
 
 def examples(shards: Shards, task: Task, limit: int = 0) -> list[Example]:
     """The task's samples, at most `limit` of them (0 = all): evenly spread, the same ones every time."""
-    count = shards.count(task.name, task.split)
+    count = shards.count(task.data, task.split)
     if not count:
         raise ValueError(
-            f"{shards.directory} has no samples of {task.name!r} in the split {task.split!r}; it has "
+            f"{shards.directory} has no samples of {task.data!r} in the split {task.split!r}; it has "
             f"{', '.join(f'{name} ({chr(32).join(shards.splits(name))})' for name in shards.datasets)}."
         )
     wanted = min(limit, count) if limit else count
-    return [shards.example(task.name, task.split, index * count // wanted) for index in range(wanted)]
+    return [shards.example(task.data, task.split, index * count // wanted) for index in range(wanted)]
 
 
 def with_other_images(samples: Sequence[Example]) -> list[Example]:
-    """The same questions about other images: each sample gets the media of one half a round away, in a fixed order."""
+    """The same questions about other images: each sample gets the media (and clip) of one half a round away, in a fixed
+    order."""
     order = list(range(len(samples)))
     generator("other images").shuffle(order)
     half = len(order) // 2
     other = {order[place]: order[(place + half) % len(order)] for place in range(len(order))}
-    return [dataclasses.replace(sample, media=samples[other[i]].media) for i, sample in enumerate(samples)]
+    givers = [samples[other[place]] for place in range(len(samples))]
+    return [
+        dataclasses.replace(s, media=giver.media, clip=giver.clip) for s, giver in zip(samples, givers, strict=True)
+    ]
 
 
 def prompt(sample: Example, shards: Store, settings: TreeSettings) -> Prompt:
     """The sample's images, or its video, with the first question of each of its branches."""
-    return asked(sample, shards, [question(sample.key, branch, settings) for branch in sample.branches], settings)
+    return asked(sample, shards, [question(sample, branch, settings) for branch in sample.branches], settings)
 
 
 def asked(sample: Example, shards: Store, questions: Sequence[str], settings: TreeSettings) -> Prompt:
@@ -90,44 +127,13 @@ def asked(sample: Example, shards: Store, questions: Sequence[str], settings: Tr
     )
 
 
-def question(key: str, branch: Branch, settings: TreeSettings) -> str:
+def question(sample: Example, branch: Branch, settings: TreeSettings) -> str:
     """The first question of a branch as the run's prompt format puts it.
 
     The length hint of pre-training says nothing of the true answer: the usual one for long answers, that of an empty
     answer (with training's noise) for short ones.
     """
-    known = None if branch.style in LONG_STYLES else ""
-    rng = generator(settings.seed, key, branch.style, branch.turns[0].prompt, "evaluation")
-    return prompts.user_text(settings.prompts, branch.style, branch.turns[0], known, first=True, rng=rng)
-
-
-def wanted_radii(sample: Example, points: Points) -> list[float]:
-    """How far from each point a hit may lie, as a fraction of the image's side: the radius of the object there.
-
-    Raises ValueError where the sample names no object at a point.
-    """
-    objects = sample.info.get("objects", [])
-    radii = []
-    for point in points.points:
-        near = [row for row in objects if abs(row[2] - point.x) < 1e-6 and abs(row[3] - point.y) < 1e-6]
-        if not near:
-            raise ValueError(f"sample {sample.key}: info.objects names no object at {point.x, point.y}.")
-        radii.append(near[0][4])
-    return radii
-
-
-def blind_accuracy(shards: Shards, task: Task, samples: Sequence[Example]) -> tuple[int, int]:
-    """Right answers and questions, if each question gets its most frequent answer in the train split, unseen image."""
-    answers: dict[str, Counter[str]] = {}
-    for index in range(shards.count(task.name, "train")):
-        for branch in shards.example(task.name, "train", index).branches:
-            answers.setdefault(branch.turns[0].prompt, Counter())[str(branch.turns[0].answer)] += 1
-    overall = sum(answers.values(), Counter())
-    hits = total = 0
-    for sample in samples:
-        for branch in sample.branches:
-            turn = branch.turns[0]
-            guess = answers.get(turn.prompt, overall).most_common(1)[0][0]
-            hits += same_answer(guess, str(turn.answer))
-            total += 1
-    return hits, total
+    known = None if branch.style.endswith(LONG_STYLES) else ""
+    rng = generator(settings.seed, sample.key, branch.style, branch.turns[0].prompt, "evaluation")
+    rate = sample.clip.rate if sample.clip else 0
+    return prompts.user_text(settings.prompts, branch.style, branch.turns[0], known, first=True, rng=rng, rate=rate)

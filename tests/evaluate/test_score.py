@@ -1,10 +1,9 @@
-import itertools
 import math
-import random
 
+import numpy as np
 import pytest
 
-from megatron_vlm.evaluate.score import Pointing, Share, matched, same_answer
+from megatron_vlm.evaluate.score import Share, bootstrap, judged, summary, unknown, unreadable
 
 
 def test_wilson_interval_of_published_numbers():
@@ -15,33 +14,41 @@ def test_wilson_interval_of_published_numbers():
     assert math.isnan(Share(0, 0).value)
 
 
-def test_a_greedy_matching_would_lose_a_pair():
-    # The first found place reaches both targets, the second only the first target.
-    assert matched([(0.0, 0.0), (-1.0, 0.0)], [(0.0, 0.0), (1.0, 0.0)], [1.0, 1.0]) == 2
-    assert matched([(0.0, 0.0)], [(0.0, 0.0), (1.0, 0.0)], [1.0, 1.0]) == 1
+def test_three_outcomes_are_counted_and_the_models_faults_stay_in_the_count():
+    right, wrong = judged({"accuracy": (1, 1)}), judged({"accuracy": (0.25, 1)})
+    babble = unreadable({"accuracy": (0, 1)}, "the answer names no number")
+    down = unknown("the judge did not answer")
+    found = summary([[right], [wrong], [babble], [down], [down]])
+    assert (found["right"], found["wrong"], found["questions"]) == (1, 1, 5)
+    assert found["not_scored"] == {"the answer names no number": 1, "the judge did not answer": 2}
+    assert found["scores"]["accuracy"]["value"] == pytest.approx(1.25 / 3)
 
 
-def test_matching_is_the_best_of_all_orders():
-    rng = random.Random(0)
-    for _ in range(200):
-        found = [(rng.random(), rng.random()) for _ in range(rng.randint(0, 4))]
-        wanted = [(rng.random(), rng.random()) for _ in range(rng.randint(0, 4))]
-        radii = [rng.uniform(0.1, 0.6) for _ in wanted]
-        padded = found + [(9.0, 9.0)] * len(wanted)
-        best = max(
-            sum(math.dist(place, target) <= radius for place, target, radius in zip(order, wanted, radii, strict=False))
-            for order in itertools.permutations(padded, len(wanted))
-        )
-        assert matched(found, wanted, radii) == best
+def test_scores_are_shares_of_all_parts_together():
+    f1 = summary([[judged({"F1": (2, 3)}), judged({"F1": (0, 5)})], [judged({"F1": (4, 4)})]])["scores"]["F1"]
+    assert (f1["value"], f1["parts"], f1["wholes"]) == (0.5, 6, 12) and f1["interval"] == "bootstrap over images"
+    assert summary([])["scores"] == {} and judged({"F1": (0, 0)}).outcome == "right"
 
 
-def test_f1_is_over_all_places_together():
-    score = Pointing(hits=3, found=4, wanted=6)
-    assert (score.precision, score.recall, score.f1) == (0.75, 0.5, 0.6)
-    assert Pointing(0, 0, 5).f1 == 0.0
+def test_single_right_or_wrong_answers_have_wilsons_interval():
+    images = [[judged({"accuracy": (int(n < 81), 1)})] for n in range(263)]
+    score = summary(images)["scores"]["accuracy"]
+    assert (score["low"], score["high"]) == pytest.approx((0.2553, 0.3662), abs=5e-5) and score["interval"] == "Wilson"
 
 
-def test_answers_are_compared_without_case_and_full_stop():
-    assert (
-        same_answer(" Yes.\n", "yes") and same_answer("light blue", "Light blue") and not same_answer("yes no", "yes")
-    )
+def test_answers_that_are_all_alike_are_not_certain():
+    score = summary([[judged({"accuracy": (0, 1)})] * 3] * 20)["scores"]["accuracy"]
+    assert score["high"] == pytest.approx(0.1611, abs=5e-5) and score["interval"] == "Wilson, an image counted once"
+
+
+def test_bootstrap_covers_about_95_percent_and_knows_that_answers_about_an_image_go_together():
+    rng = np.random.default_rng(1)
+    covered = widths = 0
+    for trial in range(60):
+        chances = rng.choice([0.2, 0.9], 80)  # easy and hard images, five questions each: 0.55 on average
+        hits = rng.binomial(5, chances)
+        low, high = bootstrap(np.stack([hits, np.full(80, 5)], axis=1).astype(float), seed=trial)
+        covered += low <= 0.55 <= high
+        widths += high - low
+    alone = Share(220, 400).interval
+    assert 51 <= covered <= 60 and widths / 60 > 1.5 * (alone[1] - alone[0])

@@ -1,0 +1,124 @@
+"""J and F of mask tracks as DAVIS defines them, and where masks come from: a predictor that is shown points.
+
+h, w are pixels, t frames. A predictor is chosen by name (PREDICTORS); SAM 2 is used where its package is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+#: Tolerance of a boundary as a share of the picture's diagonal.
+BOUNDARY_SHARE = 0.008
+#: Weights of SAM 2 that are asked for.
+SAM2_WEIGHTS = "facebook/sam2.1-hiera-large"
+#: Radius of the discs of the predictor without a model, as a share of the longer side.
+DISC_SHARE = 0.05
+
+#: (t, h, w, 3) uint8 frames, and for each object the points (frame, x, y) in pixels -> object -> (t, h, w) bool.
+Predictor = Callable[[np.ndarray, Mapping[int, Sequence[tuple[int, float, float]]]], dict[int, np.ndarray]]
+
+
+def region_similarity(found: np.ndarray, wanted: np.ndarray) -> float:
+    """J: intersection over union of two (h, w) masks; 1 where both are empty."""
+    union = np.logical_or(found, wanted).sum()
+    return float(np.logical_and(found, wanted).sum() / union) if union else 1.0
+
+
+def boundary_similarity(found: np.ndarray, wanted: np.ndarray) -> float:
+    """F: harmonic mean of the shares of both boundaries that lie near the other one."""
+    reach = np.ceil(BOUNDARY_SHARE * np.linalg.norm(found.shape))
+    one, other = _boundary(found), _boundary(wanted)
+    if not one.any() or not other.any():
+        return float(not one.any() and not other.any())
+    precision = (ndimage.distance_transform_edt(~other)[one] <= reach).mean()
+    recall = (ndimage.distance_transform_edt(~one)[other] <= reach).mean()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def _boundary(mask: np.ndarray) -> np.ndarray:
+    """Pixels that differ from their neighbour to the right, below, or both."""
+    mask = mask.astype(bool)
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
+
+
+def j_and_f(found: Mapping[int, np.ndarray], wanted: Mapping[int, np.ndarray]) -> tuple[float, float]:
+    """Mean J and F over the wanted objects and their frames. Masks are (t, h, w).
+
+    Objects are paired so that the sum of J is largest; one that is paired with none has empty masks.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if not wanted:
+        perfect = float(not any(mask.any() for mask in found.values()))
+        return perfect, perfect
+    names, claims = list(wanted), list(found)
+    table = np.array([[_mean_j(found[c], wanted[n]) for c in claims] for n in names]).reshape(len(names), len(claims))
+    pair = dict(zip(*(ends.tolist() for ends in linear_sum_assignment(-table)), strict=True))
+    scores = []
+    for row, name in enumerate(names):
+        truth = wanted[name]
+        said = found[claims[pair[row]]] if row in pair else np.zeros_like(truth)
+        scores += [(region_similarity(a, b), boundary_similarity(a, b)) for a, b in zip(said, truth, strict=True)]
+    j, f = np.mean(scores, axis=0)
+    return float(j), float(f)
+
+
+def _mean_j(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.mean([region_similarity(a, b) for a, b in zip(found, wanted, strict=True)]))
+
+
+def discs(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, float]]]) -> dict[int, np.ndarray]:
+    """No model: a disc around each point, and nothing in frames without one. What points alone are worth."""
+    count, height, width = frames.shape[:3]
+    rows, columns = np.ogrid[:height, :width]
+    radius = DISC_SHARE * max(height, width)
+    masks = {number: np.zeros((count, height, width), bool) for number in points}
+    for number, places in points.items():
+        for frame, x, y in places:
+            masks[number][frame] |= (columns - x) ** 2 + (rows - y) ** 2 <= radius**2
+    return masks
+
+
+def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, float]]]) -> dict[int, np.ndarray]:
+    """SAM 2's video predictor, prompted with each object's points; weights from the hub (SAM2_WEIGHTS).
+
+    Raises ValueError where its package is not installed.
+    """
+    if importlib.util.find_spec("sam2") is None:
+        raise ValueError(
+            "--masks sam2 needs SAM 2, which is not installed: pip install sam2 (it brings its own torchvision). Or "
+            "--masks discs: discs around the points, without a model."
+        )
+    from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+    predictor: Any = SAM2VideoPredictor.from_pretrained(SAM2_WEIGHTS)
+    masks = {number: np.zeros(frames.shape[:3], bool) for number in points}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, frame in enumerate(frames):
+            Image.fromarray(frame).save(Path(folder, f"{number:05d}.jpg"), quality=95)
+        state = predictor.init_state(video_path=folder)
+        for number, places in points.items():
+            for frame, x, y in places:
+                predictor.add_new_points_or_box(
+                    inference_state=state,
+                    frame_idx=frame,
+                    obj_id=number,
+                    points=np.array([[x, y]], np.float32),
+                    labels=np.array([1], np.int32),
+                )
+        for frame, numbers, logits in predictor.propagate_in_video(state):
+            for place, number in enumerate(numbers):
+                masks[number][frame] = (logits[place] > 0).cpu().numpy().reshape(frames.shape[1:3])
+    return masks
+
+
+PREDICTORS: dict[str, Predictor] = {"discs": discs, "sam2": sam2}
