@@ -7,9 +7,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,7 @@ def send(
     tokenizer: str = "",
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
+    verifying: Future[None] | None = None,
 ) -> None:
     """Write a checkpoint's weights to the folder `out`.
 
@@ -48,6 +50,7 @@ def send(
                model, vision tower and connector, each in a folder), language or vision (one of them alone).
     dtype:     bf16 or fp32; empty = as stored.
     tokenizer: tokenizer.json or its directory; empty = the one that the checkpoint's run used.
+    verifying: `verify.verify` of the checkpoint where that has begun; the folder gets its name after it.
     Raises ValueError where Molmo2's classes cannot hold the model, `out` exists, or the checkpoint is damaged.
     """
     out = Path(out)
@@ -56,11 +59,10 @@ def send(
     if out.exists():
         raise ValueError(f"{out} exists. Give a directory that does not, or remove this one.")
     path = directory.find(checkpoint)
-    # Beside all else, as it takes as long as reading; the folder gets its name after it.
     with ThreadPoolExecutor(1) as thread:
-        verifying = thread.submit(verify.verify, path)
+        verifying = verifying or thread.submit(verify.verify, path)
         try:
-            # Only here: it imports half of torch, beside the first hashes.
+            # It imports half of torch: beside the first hashes.
             from megatron_vlm.convert.stored import Checkpoint
 
             source = Checkpoint(path, verify_first=False)
@@ -168,11 +170,13 @@ class _Made:
     entry: Entry
     form: str
     tensors: dict[str, torch.Tensor] | None = None
+    lock: Lock = field(default_factory=Lock)
 
     def take(self, key: str) -> torch.Tensor:
-        if self.tensors is None:
-            self.tensors = self.entry.tensors(self.form, self.entry.parts("megatron", self.source.read))
-        return self.tensors.pop(key)
+        with self.lock:
+            if self.tensors is None:
+                self.tensors = self.entry.tensors(self.form, self.entry.parts("megatron", self.source.read))
+            return self.tensors.pop(key)
 
 
 def _maker(made: _Made, key: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:

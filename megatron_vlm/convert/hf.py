@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER = 100_000_000
 #: Bytes in a file by default.
 SHARD_BYTES = 5_000_000_000
+#: Threads that make and write tensors, with one tensor each in memory.
+WORKERS = 2
 #: Bytes that are sent to the disk together, beside the writing; bytes that are read back and compared at once.
 SYNC_BYTES, CHECK_BYTES = 256_000_000, 1 << 20
 
@@ -211,7 +212,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written. `make` is called when its turn comes; what it gives is dropped after."""
+    """A tensor to be written. `make` is called in a thread when its turn comes; what it gives is dropped after."""
 
     key: str
     dtype: torch.dtype
@@ -281,57 +282,41 @@ def _write_tensors(writing: Path, tensors: list[Planned], shard_bytes: int, prog
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     names = names if count > 1 else [SINGLE]
-    with ThreadPoolExecutor(1) as checks, ThreadPoolExecutor(1) as syncs:
-        syncing = [
-            each
-            for name, shard in zip(names, shards, strict=True)
-            for each in _write_file(writing / name, shard, progress, checks, syncs)
-        ]
-        for each in syncing:
-            each.result()
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(writing / name, shard, progress)
     if count > 1:
         weight_map = {each.key: name for name, shard in zip(names, shards, strict=True) for each in shard}
         index = {"metadata": {"total_size": sum(each.bytes for each in tensors)}, "weight_map": weight_map}
         _write_text(writing / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(
-    path: Path,
-    tensors: list[Planned],
-    progress: Callable[[int], None],
-    checks: ThreadPoolExecutor,
-    syncs: ThreadPoolExecutor,
-) -> list[Future[None]]:
-    """Write one file tensor by tensor. Given back is what has to end before the file is on the disk."""
+def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], None]) -> None:
+    """Write one file, whose header says where each tensor will lie: two at a time are made, written and checked."""
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    ends = [0]
     for each in tensors:
-        fields[each.key] = {
-            "dtype": _NAMES[each.dtype],
-            "shape": list(each.shape),
-            "data_offsets": [at, at + each.bytes],
-        }
-        at += each.bytes
+        at, end = ends[-1], ends[-1] + each.bytes
+        fields[each.key] = {"dtype": _NAMES[each.dtype], "shape": list(each.shape), "data_offsets": [at, end]}
+        ends.append(end)
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    syncing: list[Future[None]] = []
-    checking: Future[None] | None = None
+    begin = struct.pack("<Q", len(text)) + text
     unsynced = 0
-    with path.open("wb", buffering=0) as stream:
-        for data in _contents(struct.pack("<Q", len(text)) + text, tensors, path, progress):
-            start = stream.tell()
-            _write_all(stream, data)
-            # One tensor waits for its check while the next is made.
-            if checking is not None:
-                checking.result()
-            checking = checks.submit(_check, path, start, data)
-            unsynced += len(data)
-            if unsynced >= SYNC_BYTES:
-                syncing.append(syncs.submit(sync, path))
+    with path.open("wb", buffering=0) as stream, ThreadPoolExecutor(WORKERS) as workers:
+
+        def write(each: Planned, at: int) -> None:
+            tensor = each.made(path)
+            if tensor.numel():
+                _write_at(stream.fileno(), len(begin) + at, bytes_of(tensor), path)
+
+        _write_at(stream.fileno(), 0, memoryview(begin), path)
+        for each, _ in zip(tensors, workers.map(write, tensors, ends), strict=False):
+            progress(each.bytes)
+            unsynced += each.bytes
+            if unsynced >= SYNC_BYTES:  # this thread has nothing else to do than to wait for the disk
+                os.fsync(stream.fileno())
                 unsynced = 0
-        assert checking is not None
-        checking.result()
-    return [*syncing, syncs.submit(sync, path)]
+        os.fsync(stream.fileno())
 
 
 def sync(path: Path) -> None:
@@ -340,21 +325,12 @@ def sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _contents(
-    begin: bytes, tensors: list[Planned], path: Path, progress: Callable[[int], None]
-) -> Iterator[memoryview]:
-    yield memoryview(begin)
-    for each in tensors:
-        tensor = each.made(path)
-        if tensor.numel():
-            yield bytes_of(tensor)
-        progress(each.bytes)
-
-
-def _write_all(stream: io.FileIO, data: memoryview) -> None:
-    """A call writes 2 GiB at most."""
-    while len(data):
-        data = data[stream.write(data) :]
+def _write_at(file: int, at: int, data: memoryview, path: Path) -> None:
+    """Write to byte `at` of a file, and read back. A call writes 2 GiB at most."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(file, data[done:], at + done)
+    _check(path, at, data)
 
 
 def _check(path: Path, at: int, data: memoryview) -> None:

@@ -10,7 +10,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import torch
 from megatron_vlm.checkpoint import directory as names
 from megatron_vlm.checkpoint import verify
 from megatron_vlm.config.schema import CheckpointConfig
-from megatron_vlm.convert.hf import Planned, sync
+from megatron_vlm.convert.hf import WORKERS, Planned, sync
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -32,7 +32,7 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-#: Bytes in a data file, but for a larger tensor: while one is read back, the next is written.
+#: Bytes in a data file, but for a larger tensor: several are written at once.
 FILE_BYTES = 256_000_000
 STEP = 0
 #: File, first byte, bytes.
@@ -54,40 +54,45 @@ def write(
     directory = Path(directory)
     try:
         writing = names.begin(directory, STEP)
-        places: list[Place] = []
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as syncer:
-            digests: dict[str, Future[dict[str, Any]]] = {}
-            syncing: list[Future[None]] = []
-
-            def written(name: str) -> None:
-                digests[name] = reader.submit(verify.digest, writing / name)
-                syncing.append(syncer.submit(sync, writing / name))
-
-            # It imports half of torch, which takes as long as writing a gigabyte: beside the writing.
-            imported = syncer.submit(import_module, "torch.distributed.checkpoint.filesystem")
-            for number, group in enumerate(_files(tensors)):
-                name = f"__0_{number}.distcp"
-                places += _write_file(writing / name, group, progress)
-                written(name)
-            imported.result()
-            small = {
-                "metadata.json": json.dumps(BACKEND).encode(),
-                ".metadata": pickle.dumps(_metadata(tensors, places)),
-            }
-            small |= {name: text.encode("utf-8") for name, text in documents.items()}
-            for name, data in small.items():
-                (writing / name).write_bytes(data)
-            torch.save({}, writing / "common.pt")
-            for name in ("common.pt", *small):
-                written(name)
-            for each in syncing:
-                each.result()
-        verify.write_manifest(writing, {name: digest.result() for name, digest in digests.items()}, STEP)
+        places, digests = _write_files(writing, list(_files(tensors)), progress)
+        small = {name: text.encode("utf-8") for name, text in documents.items()} | {
+            "metadata.json": json.dumps(BACKEND).encode(),
+            ".metadata": pickle.dumps(_metadata(tensors, places)),
+        }
+        for name, data in small.items():
+            (writing / name).write_bytes(data)
+        torch.save({}, writing / "common.pt")
+        for name in ("common.pt", *small):
+            sync(writing / name)
+            digests[name] = verify.digest(writing / name)
+        verify.write_manifest(writing, digests, STEP)
+        sync(writing / verify.MANIFEST)
         return names.publish(directory, STEP, CheckpointConfig(keep=0))
     except OSError as error:
         raise RuntimeError(f"writing checkpoint {directory} failed: {error}. Is the disk full?") from error
     finally:
         shutil.rmtree(names.writing_path(directory, STEP), ignore_errors=True)
+
+
+def _write_files(
+    writing: Path, files: Sequence[list[Planned]], progress: Callable[[int], None]
+) -> tuple[list[Place], dict[str, dict[str, Any]]]:
+    """Write the data files, two at a time, each read back; where every tensor lies, and the digests by file name."""
+    paths = [writing / f"__0_{number}.distcp" for number in range(len(files))]
+    places: list[Place] = []
+    digests: dict[str, dict[str, Any]] = {}
+    # Every file gets a hash. torch keeps this setting for each thread.
+    with ThreadPoolExecutor(WORKERS, initializer=torch.serialization.set_crc32_options, initargs=(False,)) as workers:
+        # It imports half of torch, which takes as long as writing a gigabyte: beside the writing.
+        imported = workers.submit(import_module, "torch.distributed.checkpoint.filesystem")
+        written = workers.map(_write_file, paths, files)
+        for path, tensors, (found, digest) in zip(paths, files, written, strict=True):
+            sync(path)  # this thread has nothing else to do than to wait for the disk
+            progress(sum(each.bytes for each in tensors))
+            places += found
+            digests[path.name] = digest
+        imported.result()
+    return places, digests
 
 
 def _metadata(tensors: Sequence[Planned], places: Sequence[Place]) -> Metadata:
@@ -119,21 +124,14 @@ def _files(tensors: Sequence[Planned]) -> Iterator[list[Planned]]:
     yield group
 
 
-def _write_file(path: Path, tensors: Sequence[Planned], progress: Callable[[int], None]) -> list[Place]:
-    """Write one data file; where each tensor lies."""
+def _write_file(path: Path, tensors: Sequence[Planned]) -> tuple[list[Place], dict[str, Any]]:
+    """Write one data file, and read it back; where each tensor lies, and the file's digest."""
     places = []
-    # The whole file gets a hash afterwards.
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        with path.open("wb") as stream:
-            for each in tensors:
-                start = stream.tell()
-                value = each.made(path)
-                # A view would be saved with everything that it is a view of.
-                torch.save(value if value.untyped_storage().nbytes() == value.nbytes else value.clone(), stream)
-                places.append((path.name, start, stream.tell() - start))
-                progress(each.bytes)
-    finally:
-        torch.serialization.set_crc32_options(checksums)
-    return places
+    with path.open("wb") as stream:
+        for each in tensors:
+            start = stream.tell()
+            value = each.made(path)
+            # A view would be saved with everything that it is a view of.
+            torch.save(value if value.untyped_storage().nbytes() == value.nbytes else value.clone(), stream)
+            places.append((path.name, start, stream.tell() - start))
+    return places, verify.digest(path)
