@@ -6,7 +6,7 @@
     python tools/convert_hf.py verify A B [--logits]
     python tools/convert_hf.py download allenai/Molmo2-4B
 
-One process, no GPU, one tensor in memory at a time. CKPT is what init.checkpoint= takes, at any parallel layout; a run
+One process, no GPU, two tensors in memory at a time. CKPT is what init.checkpoint= takes, at any parallel layout; a run
 directory can be exported too. DIR and A, B may be ids of the hub (org/name), which are fetched first. Only safetensors
 are read, and no code that comes with a model is run.
 """

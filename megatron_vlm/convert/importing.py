@@ -1,4 +1,4 @@
-"""Hugging Face weights -> a checkpoint of the trainer, for any layout. One process, no GPU, one tensor at a time.
+"""Hugging Face weights -> a checkpoint of the trainer, for any layout. One process, no GPU, few tensors in memory.
 
 The table of names says which tensors a checkpoint has and where each comes from. Nothing is read before every source
 tensor has a use and every target a source. Megatron is not needed, and its start-up takes as long as all the rest.

@@ -1,4 +1,4 @@
-"""A checkpoint of whole tensors, written one at a time in one process, without Megatron and its seconds of start-up.
+"""A checkpoint of whole tensors, written in one process without Megatron and its seconds of start-up.
 
 It is what Megatron's torch_dist strategy writes: torch's distributed checkpoint, `common.pt` for what is no tensor
 (nothing here) and `metadata.json`. Tests compare it with one that Megatron wrote, and load it at several layouts.
