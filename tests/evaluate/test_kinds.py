@@ -101,7 +101,8 @@ def test_an_unknown_task_is_named_with_the_nearest():
 
 PIECES = st.sampled_from(
     ['<points coords="', "<tracks", 'coords="', "1 1 103 540", "0.5 2 999 1000", ";", "\t", '">', "</points>",
-     "<point ", 'x="10"', " y='5.5'", "x1=", "There are ", "shows a total of ", "9" * 30, "A.", "(b)", "answer", "1,000", "%", " "]
+     "<point ", 'x="10"', " y='5.5'", "x1=", "There are ", "shows a total of ", "9" * 30, "A.", "(b)", "answer",
+     "1,000", "%", " "]
 )  # fmt: skip
 ANY = st.one_of(st.binary(max_size=200).map(lambda b: b.decode("utf-8", "replace")), st.text(max_size=120),
                 st.lists(PIECES, max_size=20).map("".join))  # fmt: skip
