@@ -10,12 +10,12 @@ from megatron_vlm.config.schema import ParallelConfig
 
 def head_ranks(parallel: ParallelConfig, language: LanguageArchitecture) -> int:
     """Context ranks among which attention deals its heads (Ulysses). The parallel.context / head_ranks ranks that then
-    have the same heads gather keys and values.
+    have the same heads gather keys and values, or pass them around.
 
     The largest divisor of parallel.context for which each rank gets whole query heads and the key and value heads that
-    go with them; 1 where parallel.context_method is gather.
+    go with them; 1 where parallel.context_method is gather or ring.
     """
-    if parallel.context_method == "gather":
+    if parallel.context_method in ("gather", "ring"):
         return 1
     heads, kv_heads = (max(1, count // parallel.tensor) for count in (language.heads, language.kv_heads))
     divisors = (n for n in range(parallel.context, 0, -1) if parallel.context % n == 0)

@@ -22,7 +22,7 @@ Rule = Callable[[Config, Architecture, int], Iterator[str]]
 CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda"),
     "run.resume": ("auto", "never", "must"),
-    "parallel.context_method": ("auto", "ulysses", "gather"),
+    "parallel.context_method": ("auto", "ulysses", "gather", "ring"),
     "parallel.vision": ("data", "tensor"),
     "data.prompts": ("style_and_length", "style"),
     "data.bad_samples": ("stop", "skip"),

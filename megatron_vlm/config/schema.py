@@ -72,8 +72,8 @@ class ParallelConfig:
     """Ranks that share one row, each holding a contiguous part of it."""
     context_method: str = "auto"
     """How attention sees the whole row. ulysses: ranks exchange tokens for heads, which must go round; gather: ranks
-    gather the keys and values of the row; auto: heads among as many ranks as they go round for, gather among the
-    rest."""
+    gather the keys and values of the row; ring: they pass them around, and hold two ranks' at a time; auto: heads among
+    as many ranks as they go round for, gather among the rest."""
     vision: str = "data"
     """data: each rank of a replica encodes its share of the crops with the whole tower and connector. tensor: their
     weights are sharded over the tensor-parallel ranks, which encode the same crops, those of their context rank."""

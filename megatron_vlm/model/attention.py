@@ -14,12 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_vlm.model import block_kernels, ring_attention
 from megatron_vlm.model.plan import Plan, Plans
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.context import Exchange
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 #: All layers see the same rows.
 _plans = Plans()
@@ -39,7 +37,8 @@ class PackedAttention(nn.Module):
         super().__init__()
         assert pg_collection is not None, "the spec builds attention with process groups"
         self.scale = softmax_scale
-        self.exchange = Exchange(*pg_collection.hcp)
+        # "p2p": Megatron's word for keys and values in turns.
+        self.exchange = Exchange(*pg_collection.hcp, ring=config.cp_comm_type == "p2p")
 
     def forward(
         self,
@@ -57,7 +56,11 @@ class PackedAttention(nn.Module):
         query, key, value = self.exchange.before(query, key, value, tokens)
         queries = self.exchange.queries(tokens)
         plans = [_plans.of(attention_mask[:, row], *queries) for row in range(attention_mask.shape[1])]
-        out = attend(query, key, value, plans, self.scale)
+        if self.exchange.ring:
+            counts = self.exchange.lines(tokens)
+            out = ring_attention.attend(query, key, value, plans, counts, self.exchange.keys, self.scale)
+        else:
+            out = attend(query, key, value, plans, self.scale)
         return self.exchange.after(out, tokens).flatten(2)
 
 
@@ -111,7 +114,7 @@ class _BlockAttention(torch.autograd.Function):
             for row, plan in enumerate(plans):
                 for block in plan.blocks:
                     q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
-                    part, logsumexp = _flash(q, k, v, 0.0, block.causal, attn_mask=plan.mask(block), scale=scale)
+                    part, logsumexp = block_kernels.forward(q, k, v, block.causal, plan.mask(block), scale)
                     out[block.start : block.end, row] = part[0].transpose(0, 1)
                     logsumexps.append(logsumexp)
         ctx.save_for_backward(query, key, value, out, *logsumexps)
@@ -131,17 +134,16 @@ class _BlockAttention(torch.autograd.Function):
             for row, plan in enumerate(ctx.plans):
                 for block in plan.blocks:
                     q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
-                    dq, dk, dv = _flash_backward(
+                    dq, dk, dv = block_kernels.backward(
                         gradient[block.start : block.end, row].transpose(0, 1)[None],
                         q,
                         k,
                         v,
                         out[block.start : block.end, row].transpose(0, 1)[None],
                         logsumexps[position],
-                        0.0,
                         block.causal,
-                        attn_mask=plan.mask(block),
-                        scale=ctx.scale,
+                        plan.mask(block),
+                        ctx.scale,
                     )
                     position += 1
                     grad_query[block.start : block.end, row] = dq[0].transpose(0, 1)

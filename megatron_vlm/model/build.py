@@ -176,6 +176,7 @@ def _language_config(arch: Architecture, config: Config, layout: Layout, setting
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        cp_comm_type="p2p" if config.parallel.context_method == "ring" else None,  # read by PackedAttention
         # Megatron refuses it without tensor parallelism, where it means nothing.
         sequence_parallel=config.parallel.sequence and layout.tensor > 1,
     )

@@ -26,16 +26,17 @@ class Exchange:
 
     The context ranks stand in a table: ranks of one line hold neighbouring chunks and deal heads among themselves
     (Ulysses: tokens of all heads become the line's tokens of some heads); ranks of one column then have the same heads
-    and gather each other's keys and values. Ulysses alone is one line, gathering alone one column.
+    and gather each other's keys and values. Ulysses alone is one line, gathering alone one column. With `ring`, a
+    column gathers nothing here: attention passes keys and values around it (model/ring_attention.py).
     """
 
-    def __init__(self, heads: dist.ProcessGroup, keys: dist.ProcessGroup):
+    def __init__(self, heads: dist.ProcessGroup, keys: dist.ProcessGroup, *, ring: bool = False):
         """`heads`: the ranks of this rank's line, `keys`: those of its column."""
-        self.heads, self.keys = heads, keys
+        self.heads, self.keys, self.ring = heads, keys, ring and keys.size() > 1
 
     def queries(self, sequence_length: int) -> tuple[int, int]:
         """Which tokens of the row this rank's line holds, [start, end): the queries after `before`."""
-        starts = offsets(self._lines(sequence_length))
+        starts = offsets(self.lines(sequence_length))
         return starts[self.keys.rank()], starts[self.keys.rank() + 1]
 
     def before(
@@ -44,15 +45,15 @@ class Exchange:
         """Before attention.
 
         In: (t, b, h, d) and twice (t, b, k, d), this rank's chunk, all heads. Out: queries (line's tokens, b, h/line,
-        d), keys and values (s, b, k'/line, d), k' as repeat_heads gives it.
+        d), keys and values (s, b, k'/line, d), k' as repeat_heads gives it; with `ring` only the line's tokens of them.
         Moves: three all-to-all in a line, two all-gathers in a column; in backward their inverses.
         """
         if self.heads.size() > 1:
             counts = self._chunks(sequence_length)
             key, value = (repeat_heads(x, query.shape[2], self.heads) for x in (key, value))
             query, key, value = (heads_to_ranks(x, counts, self.heads) for x in (query, key, value))
-        if self.keys.size() > 1:
-            lines = self._lines(sequence_length)
+        if self.keys.size() > 1 and not self.ring:
+            lines = self.lines(sequence_length)
             key, value = (_gather(x, lines, self.keys) for x in (key, value))
         return query, key, value
 
@@ -70,7 +71,7 @@ class Exchange:
         first = self.keys.rank() * self.heads.size()
         return self._all(sequence_length)[first : first + self.heads.size()]
 
-    def _lines(self, sequence_length: int) -> tuple[int, ...]:
+    def lines(self, sequence_length: int) -> tuple[int, ...]:
         """Tokens of each line."""
         chunks, width = self._all(sequence_length), self.heads.size()
         return tuple(sum(chunks[first : first + width]) for first in range(0, len(chunks), width))

@@ -136,6 +136,12 @@ def _layers(
     # Lines of ranks hold equal numbers of tokens where the row divides by the context ranks, as the rules demand.
     gathered = layout.key_ranks * line * spread // layout.head_ranks * head
     again = calls * (recompute != "none")
+    if settings.ring:
+        turns, pair = layout.key_ranks, 2 * gathered // layout.key_ranks
+        passed = (turns - 1) * (2 * calls + again)
+        yield Collective("send", "keys", pair, passed, "keys and values, in turns")
+        yield Collective("send", "keys", pair // e * FLOAT, turns * calls, "gradients with keys and values")
+        return
     yield Collective("all_gather", "keys", gathered, 2 * (calls + again), "keys and values")
     yield Collective("reduce_scatter", "keys", gathered, 2 * calls, "keys and values, backward")
 

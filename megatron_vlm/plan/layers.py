@@ -54,6 +54,8 @@ class Settings:
     context: int
     head_ranks: int
     """Context ranks among which attention deals its heads; the others of them gather keys and values."""
+    ring: bool
+    """Those others pass them around instead."""
     dropout: bool
     selective: bool
     full: bool

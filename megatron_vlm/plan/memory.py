@@ -185,6 +185,7 @@ def settings(config: Config, layout: Layout, *, cuda: bool) -> Settings:
         sequence=config.parallel.sequence and layout.tensor > 1,
         context=layout.context,
         head_ranks=layout.head_ranks,
+        ring=config.parallel.context_method == "ring" and layout.key_ranks > 1,
         dropout=config.train.residual_dropout > 0 or config.train.response_dropout > 0,
         selective=config.train.recompute == "selective",
         full=config.train.recompute == "full",

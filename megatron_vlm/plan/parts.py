@@ -124,9 +124,12 @@ class Parts(Encoder):
             ]
             query, key, value = (tape.op(to, each, forward=each.size, backward=each.size) for each, to in exchanged)
             heads, kv_heads = heads // dealt, spread // dealt
-        if context > dealt:
-            key, value = (tape.op(tokens * kv_heads * size, each) for each in (key, value))
-        out = self.blocks(tape, query, key, value, (queries, tokens), heads, kv_heads, size)
+        if self.settings.ring:
+            out = self.ring(tape, query, key, value, queries, heads, kv_heads, size)
+        else:
+            if context > dealt:
+                key, value = (tape.op(tokens * kv_heads * size, each) for each in (key, value))
+            out = self.blocks(tape, query, key, value, (queries, tokens), heads, kv_heads, size)
         if dealt > 1:
             out = tape.op(out_size, out, forward=out.size, backward=out.size)
         return out
@@ -160,6 +163,18 @@ class Parts(Encoder):
         sums = 2 * tokens[1] * kv_heads * (size // self.e) * FLOAT
         out = tape.op(query.size, query, key, value, keeps=(query, key, value), extra=statistics,
                       forward=block, backward=sums * (self.e != FLOAT) + block + 2 * longest * kv_heads * size,
+                      flops=flops, backward_flops=2 * flops * query.grad)  # fmt: skip
+        return tape.keep(out)
+
+    def ring(
+        self, tape: Tape, query: Tensor, key: Tensor, value: Tensor, queries: int, heads: int, kv_heads: int, size: int
+    ) -> Tensor:
+        """model/ring_attention.py: keys and values of two ranks at a time, gradients of them in float32."""
+        flops = 4 * self.load.pairs * heads * self.arch.language.head_dim
+        pair, block = 2 * queries * kv_heads * size, min(queries, self.load.longest) * heads * size
+        widened, wide = query.size // self.e * FLOAT * (self.e != FLOAT), pair // self.e * FLOAT
+        out = tape.op(query.size, query, key, value, keeps=(query, key, value), extra=queries * heads * FLOAT,
+                      forward=widened + 2 * pair + block, backward=widened + 2 * pair + 2 * wide + block + pair,
                       flops=flops, backward_flops=2 * flops * query.grad)  # fmt: skip
         return tape.keep(out)
 

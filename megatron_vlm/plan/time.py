@@ -136,7 +136,7 @@ def _stage(
                     arithmetic += seconds
     exchanged = [talk for talk in talks if talk.group in ("tensor", "heads", "keys", "crops")]
     exchanged = [talk for talk in exchanged if not talk.what.startswith("gradients of")]
-    sent = [talk for talk in talks if talk.kind == "send"]
+    sent = [talk for talk in talks if talk.kind == "send" and talk.group == "pipeline"]
     return StageTime(
         spent["vision"],
         spent["language"],

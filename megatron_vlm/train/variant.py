@@ -16,7 +16,7 @@ GRAMMAR = """\
   tpN   tensor parallel over N processes          sp    and the sequence, over the same ones
   ppN   N pipeline stages                         vppN  N virtual stages on each
   cpN   context parallel: a row over N processes  dpN   data parallel: N copies of the model
-  gather, ulysses   how attention sees the whole row (else parallel.context_method)
+  gather, ring, ulysses   how attention sees the whole row (else parallel.context_method)
   vision_data, vision_tensor   how tower and connector are spread (else parallel.vision)
   recompute_full, recompute_selective, recompute_none   else as in the recipe
   packed (as rows are), unpacked (each sample in a row of its own)
@@ -25,7 +25,7 @@ GRAMMAR = """\
 _DEGREES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context", "dp": "data"}
 _PART = re.compile(
     r"(?P<degree>tp|pp|vpp|cp|dp)(?P<number>[1-9]\d{0,4})|(?P<sequence>sp)|recompute_(?P<recompute>full|selective|none)"
-    r"|(?P<packing>packed|unpacked)|(?P<method>gather|ulysses)"
+    r"|(?P<packing>packed|unpacked)|(?P<method>gather|ring|ulysses)"
     r"|vision_(?P<vision>data|tensor)|(?P<one>one)"
 )
 

@@ -69,7 +69,7 @@ BROKEN = [
     (["parallel.tensor=5", "parallel.vision=tensor", "model.connector=linear"], 5,
      r"does not divide the 64 numbers in a hidden state of the decoder of 'tiny'"),
     (["parallel.sequence=true"], 1, r"parallel\.sequence=true shards over .*, but parallel\.tensor=1"),
-    (["parallel.context_method=ring"], 1, r"context_method='ring' does not exist; choose one of auto, ulysses, gather"),
+    (["parallel.context_method=all"], 1, r"context_method='all' does not exist; choose one of auto, ulysses, gather"),
     (["parallel.tensor=2", "parallel.context=4", "parallel.context_method=ulysses"], 8,
      r"the 2 query heads and 1 key and value heads of a rank \(4 and 2 / parallel\.tensor=2\) to parallel\.context=4 "
      r"ranks, only to 2 of them\. Set parallel\.context=2, or parallel\.context_method=auto"),

@@ -34,6 +34,13 @@ CASES = {
     # More context ranks than heads, or than go round: keys and values gathered, alone and beside dealt heads.
     "cp3_dropout": (tiny.ARCH, {"context": 3}, DROPOUT, 3),
     "cp4_gather": (tiny.ARCH, {"context": 4, "context_method": "gather"}, {"recompute": "selective"}, 4),
+    "cp3_ring_dropout": (tiny.ARCH, {"context": 3, "context_method": "ring"}, DROPOUT, 3),
+    "tp2_cp2_sp_ring": (
+        tiny.ARCH,
+        {"tensor": 2, "context": 2, "sequence": True, "context_method": "ring"},
+        {"recompute": "selective"},
+        4,
+    ),
     "cp8": (tiny.ARCH, {"context": 8}, {}, 8),
     "tp2_cp4_sp": (tiny.ARCH, {"tensor": 2, "context": 4, "sequence": True}, {}, 8),
     "tp4_cp2": (tiny.ARCH, {"tensor": 4, "context": 2}, {"recompute": "full"}, 8),
@@ -61,6 +68,7 @@ CASES = {
 SLOW = (
     *("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_sp_frozen_vision", "tp2_cp2_sp_quiet", "tp4_sp"),
     *("dp2_frozen_vision", "cp2", "pp2_tied_frozen", "cp4_gather", "cp8", "tp2_cp4_sp", "tp4_cp2"),
+    *("cp3_ring_dropout", "tp2_cp2_sp_ring", "tp2_cp2_sp_vision"),
 )
 
 

@@ -20,6 +20,8 @@ LAYOUTS = [
     ("sequence", 2, ["parallel.tensor=2", "parallel.sequence=true", "data.bad_samples=skip"]),
     ("context", 4, ["parallel.context=2", "train.recompute=selective"]),
     ("gather", 4, ["parallel.context=4", "parallel.context_method=gather", "train.recompute=full"]),
+    ("ring", 4, ["parallel.context=4", "parallel.context_method=ring", "train.recompute=full",
+                 "train.precision=bf16"]),
     ("heads and gather", 8, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=4",
                              "train.recompute=selective"]),
     ("pipeline", 4, ["parallel.pipeline=2", "model.freeze=[base_embeddings]"]),

@@ -70,6 +70,7 @@ LAYOUTS: dict[str, tuple[Layout, dict, dict]] = {
     "gather": (Layout(2, context=2, ulysses=1), {"context": 2, "context_method": "gather"}, {}),
     "gather, bf16, selective": (Layout(3, context=3, ulysses=1), {"context": 3},
                                 {"precision": "bf16", "recompute": "selective"}),
+    "ring, bf16": (Layout(2, context=2, ulysses=1), {"context": 2, "context_method": "ring"}, {"precision": "bf16"}),
     "sharded tower": (Layout(2, tensor=2, vision="tensor"), {"tensor": 2, "vision": "tensor"}, {"precision": "bf16"}),
     "all": (Layout(4, tensor=2, context=2), {"tensor": 2, "sequence": True, "context": 2}, {"precision": "bf16"}),
 }  # fmt: skip
