@@ -119,6 +119,22 @@ def remove(path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def room(directory: Path, needed: int) -> str:
+    """How full the file system is, for a person.
+
+    needed: bytes of a checkpoint; 0 = not known.
+    """
+    try:
+        usage = shutil.disk_usage(directory)
+    except OSError as error:
+        return f"How much is free at {directory} is not known: {error}."
+    words = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free at {directory}"
+    words += f", a checkpoint takes about {needed / 1e6:,.1f} MB" if needed else ""
+    full = usage.free < max(needed, 1e6)
+    advice = " Make space and start the same command again: it goes on from the last checkpoint."
+    return f"{'The disk is full: ' if full else ''}{words}.{advice if full else ''}"
+
+
 def _sync(directory: Path) -> None:
     """Names reach the disk before the next step relies on them."""
     handle = os.open(directory, os.O_RDONLY)

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
@@ -90,7 +91,7 @@ def write(
     group: of all ranks; None = the default group, and Megatron checks that every part of every tensor is written by
     exactly one rank. (With a group of its own, in a thread, it cannot: its check uses the default group.)
     """
-    rank = dist.get_rank()
+    rank, needed = dist.get_rank(), 0
     try:
         with together("preparing the checkpoint", group):
             if rank == 0:
@@ -101,6 +102,7 @@ def write(
             # Megatron's dist_checkpointing.save is these four calls, but leaves the other ranks waiting where rank 0
             # cannot write the common part.
             tensors, common = save_preprocess(contents, validate_access_integrity=group is None)
+            needed = _bytes(tensors, group)
             with together("writing the checkpoint", group):
                 get_default_save_common_strategy().save_common(common, writing)
                 if rank == 0:
@@ -115,8 +117,23 @@ def write(
         if rank == 0:
             shutil.rmtree(names.writing_path(directory, step), ignore_errors=True)
         if isinstance(error, RuntimeError | OSError):
-            raise SaveError(f"there is no checkpoint of step {step}: {error} Earlier ones are untouched.") from error
+            failed = SaveError(f"there is no checkpoint of step {step}: {error} Earlier ones are untouched.")
+            if rank == 0:  # which has just removed what was half-written
+                failed.add_note(names.room(directory, needed))
+            raise failed from error
         raise
+
+
+def _bytes(tensors: Any, group: dist.ProcessGroup | None) -> int:
+    """What the tensors of a sharded state take on disk, each part counted once over all ranks. Collective."""
+    found = sum(
+        each.data.nbytes
+        for each in sharded.tensors(tensors)
+        if each.data is not None and is_main_replica(each.replica_id)
+    )
+    shares = [0] * dist.get_world_size()
+    dist.all_gather_object(shares, found, group=group)
+    return sum(shares)
 
 
 def _check_written(writing: Path, step: int, group: dist.ProcessGroup | None) -> None:

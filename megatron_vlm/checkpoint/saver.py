@@ -68,6 +68,17 @@ class Saver:
         """Whether a save in the background has failed; `finish` raises its error."""
         return self._error is not None
 
+    def abandon(self, error: BaseException) -> None:
+        """The run fails of `error`: wait for a save in the background, and tell there what became of it.
+
+        A process that ended at once would leave half a checkpoint, and often both fail of the same full disk.
+        """
+        try:
+            self.finish()
+        except BaseException as other:
+            if other is not error:
+                error.add_note(" ".join([f"Before that, {other}", *getattr(other, "__notes__", ())]))
+
     def finish(self) -> None:
         """Wait for the save in the background. Raises its error, on every rank."""
         if self._thread is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint.agree import together
+from megatron_vlm.checkpoint.directory import room
 from megatron_vlm.checkpoint.saver import Saver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.faults import Fault
@@ -51,15 +54,25 @@ def train(config: Config, layout: Layout) -> Ending:
             with ExitStack() as watched:
                 reason = _loop(Run(config, layout, progress, watch, watched))
         except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.add_note(room(folder, 0))
             if first and (folder / "config.yaml").exists():
-                words = " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-                Ending("failed", words, progress.step).write(folder)
+                _tell(folder, error, progress.step)
             raise
         done = Ending("requeue" if reason else "finished", reason or "all steps done", progress.step)
         if first:
             (folder / ending.STOP_FILE).unlink(missing_ok=True)
             done.write(folder)
     return done
+
+
+def _tell(folder: Path, failure: BaseException, step: int) -> None:
+    """Leave exit.json of a run that failed."""
+    words = " ".join([f"{type(failure).__name__}: {failure}", *getattr(failure, "__notes__", ())])
+    try:
+        Ending("failed", words, step).write(folder)
+    except OSError as error:  # a full disk: there is still the error on stderr
+        failure.add_note(f"{folder / ending.FILE} could not be written: {error}")
 
 
 def _loop(run: Run) -> str:
@@ -117,6 +130,7 @@ class Run:
         self._saver = Saver(directory.checkpoints(config), config)
         self._saved, self._save_wait_s = start.step, 0.0
         self._watchdog(watched)
+        watched.push(self._fail)
         self._batches = iter(loader)
 
     def _watchdog(self, watched: ExitStack) -> None:
@@ -127,6 +141,12 @@ class Run:
         self._pulse.keys = lambda: self.state.loader.keys
         self._pulse.enter("other")
         watched.enter_context(Watchdog(self._folder, self.config.guard.hang_s, self._pulse))
+
+    def _fail(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        """Leave no half-written checkpoint behind."""
+        if error is not None:
+            self._pulse.enter("save")
+            self._saver.abandon(error)
 
     def agreed(self) -> str:
         """The reason to end now, the same on every rank; empty = go on."""
