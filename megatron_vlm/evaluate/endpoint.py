@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Endpoint:
         self._url, self._model, self._tries, self._wait_s = f"{url.rstrip('/')}/chat/completions", model, tries, wait_s
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._pool = urllib3.PoolManager(timeout=urllib3.Timeout(total=timeout_s), retries=False)
-        self._silent = 0
+        self._silent, self._timeout_s = 0, timeout_s
 
     def statements(self, caption: str) -> list[str]:
         if not caption.strip():
@@ -96,10 +97,11 @@ class Endpoint:
             with self._pool.request(
                 "POST", self._url, body=json.dumps(body), headers=self._headers, preload_content=False, redirect=False
             ) as response:
-                data, status = response.read(MOST_BYTES), response.status
-        except urllib3.exceptions.TimeoutError:
-            raise _Again("no answer in time") from None
+                data, status = self._read(response), response.status
         except (urllib3.exceptions.HTTPError, OSError) as error:
+            refused = isinstance(error, urllib3.exceptions.NewConnectionError)  # which counts as one that timed out
+            if isinstance(error, urllib3.exceptions.TimeoutError) and not refused:
+                raise _Again("no answer in time") from None
             raise _Again(f"no connection ({type(error).__name__})") from None
         if status in (408, 409, 425, 429) or status >= 500:
             raise _Again(f"status {status}")
@@ -115,6 +117,15 @@ class Endpoint:
         if not isinstance(text, str):
             raise _Again("a reply without text")
         return text
+
+    def _read(self, response: urllib3.BaseHTTPResponse) -> bytes:
+        """The whole reply, in the time of one request: the limit of a read says nothing of one that drips."""
+        deadline, data = time.monotonic() + self._timeout_s, b""
+        while len(data) < MOST_BYTES and (part := response.read1(MOST_BYTES)):
+            data += part
+            if time.monotonic() > deadline:
+                raise _Again("no answer in time")
+        return data
 
 
 class JudgeRefused(ValueError):

@@ -13,6 +13,7 @@ class Server:
     def __init__(self) -> None:
         self.answers: dict[str, Callable[[BaseHTTPRequestHandler, int], None]] = {}
         self.requests: list[tuple[str, dict[str, str]]] = []
+        self.bodies: list[bytes] = []
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -21,9 +22,10 @@ class Server:
             def do_GET(self) -> None:
                 seen = sum(path == self.path for path, _ in owner.requests)
                 owner.requests.append((self.path, dict(self.headers)))
+                owner.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
                 owner.answers.get(self.path, not_found)(self, seen)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_GET
 
             def log_message(self, *_: object) -> None:
                 pass
