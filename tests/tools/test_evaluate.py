@@ -1,0 +1,157 @@
+"""The evaluation command: shares, going on after a stop, faults that are named, provenance, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.evaluate import asking
+from tests.evaluate import world
+from tools import evaluate
+
+ROOT = Path(__file__).parents[2]
+
+
+def trained(folder: Path) -> None:
+    """A run of one step, in a process of its own groups."""
+    from megatron_vlm.config import load
+    from megatron_vlm.train import __main__ as command
+
+    settings = load.to_dict(world.config(folder))
+    (folder / "recipe.yaml").write_text(json.dumps(settings))
+    assert command.main([str(folder / "recipe.yaml")]) == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tasks")
+    world.shards(path, broken=True)
+    trained(path)
+    return path
+
+
+def command(folder: Path, out: Path, *words: str) -> list[str]:
+    return [str(folder / "run"), "--out", str(out), "--device", "cpu", "--tasks", "vqa", "pointing", *words]
+
+
+def lines(out: Path, name: str) -> list[dict]:
+    found = [json.loads(line) for path in sorted(out.glob(f"evaluation/{name}.*.jsonl")) for line in path.open()]
+    return sorted(found, key=lambda one: one["key"])
+
+
+@pytest.mark.slow
+def test_the_report_says_what_was_asked_of_whom_and_what_could_not_be_scored(folder, tmp_path, capsys):
+    assert evaluate.main(command(folder, tmp_path, "--untrained-limit", "4")) == 0
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["step"] == 1 and len(result["checkpoint_sha256"]) == len(result["manifest"]) == 64
+    assert result["versions"]["torch"] and result["settings"]["limit"] == 0 and "overlap" in result["judge"]
+    vqa, pointing = result["tasks"]
+    assert (vqa["images"], vqa["scores"]["questions"], pointing["scores"]["questions"]) == (12, 24, 12)
+    # Two samples could not be asked: four questions leave the count, and are named.
+    assert vqa["scores"]["scores"]["accuracy"]["wholes"] == 20
+    reasons = vqa["scores"]["not_scored"]
+    assert sum(count for reason, count in reasons.items() if reason.startswith("media or prompt: ")) == 4
+    assert any("has no readable header" in one and "sample test-3" in one for one in reasons)
+    assert any("need more positions than the model's" in one for one in reasons)
+    assert vqa["shuffled"]["questions"] == 24 and vqa["untrained"]["questions"] == 8
+    # Two thirds cats, always red: 8 + 12 of 24 without looking.
+    assert vqa["blind"]["scores"]["accuracy"]["parts"] == 19  # sample 5 asks something else: `cat` there is right too
+    assert "| vqa (accuracy) | 24 |" in said and "vqa: 2 not scored: media or prompt: image " in said
+    assert (
+        (tmp_path / "evaluation.md").read_text().endswith(said[said.index("| task") : said.index("\n\nWritten")] + "\n")
+    )
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("data:image", "") and page.count("<img") >= 10
+    assert "Best" in page and "Worst" in page and result["manifest"] in page
+
+
+@pytest.mark.slow
+def test_a_second_call_goes_on_and_asks_only_what_is_missing(folder, tmp_path, monkeypatch, capsys):
+    asked: list[int] = []
+    decode = asking.decode
+
+    def counted(model, prompts, *words, **more):
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return decode(model, prompts, *words, **more)
+
+    monkeypatch.setattr(asking, "AT_ONCE", 4)
+    monkeypatch.setattr(asking, "decode", counted)
+    words = command(folder, tmp_path, "--shuffled-limit", "-1")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(words)
+    before = lines(tmp_path, "vqa.scored")
+    assert len(before) == 8 and len(lines(tmp_path, "pointing.scored")) == 0
+    # The process was killed while it wrote: half a line.
+    (path,) = tmp_path.glob("evaluation/vqa.scored.*.jsonl")
+    with path.open("a") as file:
+        file.write('{"key": "test-11", "sa')
+    asked.clear()
+    asked += [0] * 10  # never interrupted again
+    assert evaluate.main(words) == 0
+    # vqa: four were left, and two of the eight had faults: asked again, in vain. Then pointing, all but the broken one.
+    assert sum(asked) == 4 + 11
+    after = lines(tmp_path, "vqa.scored")
+    assert all(one in after for one in before) and {one["key"] for one in after} == {f"test-{n}" for n in range(12)}
+    report = (tmp_path / "evaluation.json").read_bytes()
+    assert evaluate.main(words) == 0 and sum(asked) == 15
+    assert (tmp_path / "evaluation.json").read_bytes() == report
+    capsys.readouterr()
+
+
+def in_shares(words: list[str]) -> None:
+    """On a rank of a pool."""
+    evaluate._evaluate(evaluate.arguments(words))
+
+
+@pytest.mark.slow
+def test_two_processes_answer_a_share_each_and_come_to_the_same_report(folder, tmp_path, pool, capsys):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    assert evaluate.main(command(folder, alone)) == 0
+    pool(2).run(in_shares, command(folder, shared))
+    assert sorted(path.name.split(".")[-2] for path in shared.glob("evaluation/vqa.scored.*")) == ["0000", "0001"]
+    for name in ("vqa.scored", "vqa.shuffled", "pointing.scored"):
+        assert lines(shared, name) == lines(alone, name)
+    assert json.loads((shared / "evaluation.json").read_text()) == json.loads((alone / "evaluation.json").read_text())
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing_that_was_finished(folder, tmp_path):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    code = "import sys; from megatron_vlm.evaluate import asking; asking.AT_ONCE = 1; from tools import evaluate; "
+    start = [sys.executable, "-c", code + "sys.exit(evaluate.main(sys.argv[1:]))", *command(folder, tmp_path)]
+    process = subprocess.Popen(start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(lines(tmp_path, "vqa.scored")) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = [line for path in tmp_path.glob("evaluation/vqa.scored.*") for line in path.read_text().splitlines(True)]
+    kept = [line for line in kept if line.endswith("\n")]
+    done = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    after = [line for path in tmp_path.glob("evaluation/vqa.scored.*") for line in path.read_text().splitlines(True)]
+    assert after[: len(kept)] == kept
+    assert len({json.loads(line)["key"] for line in after}) == 12
+
+
+def test_errors_name_the_thing_and_the_next_move(folder, tmp_path, capsys):
+    def fails(*words: str) -> str:
+        assert evaluate.main([*words, "--device", "cpu"]) == 1
+        return capsys.readouterr().err
+
+    assert "there is no task 'vqq'; did you mean vqa" in fails(str(folder / "run"), "--tasks", "vqq")
+    assert "has no data set 'counting'" in fails(str(folder / "run"), "--tasks", "counting")
+    assert "no checkpoint" in fails(str(tmp_path))
+    assert "holds no manifest.json" in fails(str(folder / "run"), "--tasks", "vqa", "--manifest", str(tmp_path))
