@@ -300,6 +300,20 @@ def _rampup(config: Config, arch: Architecture, world: int) -> Iterator[str]:
             yield f"train.{name}={getattr(train, name)} must be a multiple of {once}, what all ranks take at once."
 
 
+def _tasks(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    names, p = ", ".join(config.eval.tasks), config.parallel
+    if names and not config.eval.every:
+        yield f"eval.tasks names {names}, but eval.every=0 evaluates never; set eval.every, or name no tasks."
+    spread = [f"parallel.{name}={degree}" for name in ("tensor", "pipeline", "context")
+              if (degree := getattr(p, name)) > 1]  # fmt: skip
+    if names and spread:
+        yield (
+            f"eval.tasks names {names}, but answers are decoded where one process holds a whole model, and "
+            f"{' and '.join(spread)} spreads it. Leave eval.tasks empty and score checkpoints with tools/evaluate.py, "
+            "which loads those of any layout."
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _world,
     _tensor,
@@ -312,4 +326,5 @@ RULES: tuple[Rule, ...] = (
     _time,
     _training,
     _rampup,
+    _tasks,
 )

@@ -279,7 +279,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Loss on held-out rows during training."""
+    """Loss on held-out rows, and scores of tasks, during training."""
 
     every: int = 0
     """Steps between evaluations. 0 = never."""
@@ -287,6 +287,11 @@ class EvalConfig:
     """Packed held-out rows in an evaluation."""
     split: str = "validation"
     """Split of the manifest they come from."""
+    tasks: tuple[str, ...] = ()
+    """Tasks whose questions are answered and scored with each evaluation, by the names of tools/evaluate.py: pointing,
+    easy_vqa, ... Their samples come from eval.split. Each process must hold a whole model."""
+    task_samples: int = 64
+    """Most samples of each task. 0 = all."""
 
 
 @dataclass(frozen=True)

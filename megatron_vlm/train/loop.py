@@ -22,7 +22,18 @@ from megatron_vlm.data.faults import Fault
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.parallel import process
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, ending, faults, heldout, metrics, recovery, reporter, resume, stragglers
+from megatron_vlm.train import (
+    directory,
+    ending,
+    faults,
+    heldout,
+    metrics,
+    recovery,
+    reporter,
+    resume,
+    scoring,
+    stragglers,
+)
 from megatron_vlm.train import state as states
 from megatron_vlm.train.ending import Ending, Watch
 from megatron_vlm.train.guard import Guard
@@ -181,8 +192,11 @@ class Run:
         return back
 
     def evaluate(self) -> tuple[dict[str, float], tuple[Fault, ...]]:
-        """Loss on held-out rows, and what of them could not be loaded."""
-        return heldout.evaluate(self.config, self._stepper, self._share)
+        """Loss on held-out rows and scores of tasks, and what of the rows could not be loaded."""
+        scores, unread = heldout.evaluate(self.config, self._stepper, self._share)
+        if self.config.eval.tasks:
+            scores |= scoring.evaluate(self.config, self.state.models, self._share, self._pulse)
+        return scores, unread
 
     def log(self, turn: Turn, outcome: Outcome, scores: dict[str, float], unread: tuple[Fault, ...]) -> None:
         """The step's lines."""

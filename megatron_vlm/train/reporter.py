@@ -76,6 +76,8 @@ class Reporter:
             self.say(self._line(record))
         elif "eval_loss" in record:
             self.say(f"{_place(step, self.config)}  held-out loss {record['eval_loss']:.4f}")
+        if words := "  ".join(f"{name[5:]} {value:.1%}" for name, value in _main_scores(record).items()):
+            self.say(f"{_place(step, self.config)}  {words}")
 
     def stragglers(self, step: int, ranks: list[stragglers.Times]) -> None:
         """Where the time of each rank went since the last call: a line of stragglers.jsonl; said where one is slow."""
@@ -146,6 +148,15 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _main_scores(record: Record) -> Record:
+    """The first score of each task."""
+    tasks: dict[str, str] = {}
+    for name in record:
+        if name.startswith("task/") and not name.endswith("/not_scored"):
+            tasks.setdefault(name.split("/")[1], name)
+    return {name: record[name] for name in tasks.values()}
 
 
 def _tag(name: str) -> str:

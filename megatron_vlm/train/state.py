@@ -15,7 +15,7 @@ from megatron_vlm.data.loader import Loader, Share
 from megatron_vlm.data.loader import Step as Fetched
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel.layout import Layout
-from megatron_vlm.train import directory, heldout, optim, resume
+from megatron_vlm.train import directory, heldout, optim, resume, scoring
 from megatron_vlm.train.guard import Guard
 from megatron_vlm.train.step import Outcome
 
@@ -80,6 +80,7 @@ def begin(config: Config, layout: Layout, progress: Progress) -> tuple[State, re
     loader = Loader(config, presets.architecture(config.model), mine, state=start.data)
     if config.eval.every:
         heldout.open_loader(config, mine).close()  # what it refuses is refused now
+        scoring.open_tasks(config)
     models = optim.wrap(build(config, layout), config)
     optimizer = optim.build(models, config)
     resume.restore(start, models, optimizer, config)

@@ -46,6 +46,8 @@ BROKEN = [
      r"optim\.base_embeddings\.min_lr=1e-05 is above optim\.base_embeddings\.lr=1e-06"),
     (["train.rampup_steps=9", "train.rampup_from=3", "train.rampup_by=2"], 1, r"rampup_from=3 does not grow to .*=8"),
     (["train.rampup_steps=9", "train.rampup_from=2", "train.rampup_by=3"], 2, r"rampup_by=3 must be a multiple of 2"),
+    (["eval.tasks=[pointing,vqa]"], 1, r"eval\.tasks names pointing, vqa, but eval\.every=0 evaluates never"),
+    (["eval.tasks=[vqa]", "eval.every=5", "parallel.tensor=2"], 2, r"names vqa, but .* parallel\.tensor=2 spreads it"),
     (["train.residual_dropout=1"], 1, r"train\.residual_dropout=1\.0 must be less than 1"),
     (["optim.betas=[0.9,1]"], 1, r"optim\.betas=\(0\.9, 1\.0\) must be less than 1"),
     (["model.preset=huge"], 1, r"model\.preset='huge' is not a preset; choose one of tiny, "),

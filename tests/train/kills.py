@@ -22,7 +22,7 @@ from megatron_vlm.parallel.pool import Pool
 from tests.train import world
 
 #: Keys of metrics.jsonl that differ between two equal runs.
-CLOCKS = ("step_time_s", "data_wait_s", "model_flops_per_s", "mfu", "eval_time_s", "save_wait_s")
+CLOCKS = ("step_time_s", "data_wait_s", "model_flops_per_s", "mfu", "eval_time_s", "tasks_time_s", "save_wait_s")
 #: Layouts by name, with their number of ranks.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
