@@ -5,20 +5,20 @@
 Packing: windows of 4,096 samples, beside the reference's knapsack over 48 samples in the same run. `of bound` = rows
 that any packing needs at least / rows. Times are of the processor, of packing alone.
 Balance: cost of a rank's rows of a global batch, dearest rank / mean rank, of all operations of a row (molmo2_4b) and
-of those in which rows differ (attention, vision tower, connector, head); p of a chi-square test of each batch's data
-sets against the mixture, sets with fewer than 5 expected samples taken together by group.
+of those in which rows differ (attention, vision tower, connector, head); p of chi-square tests of each batch against
+the mixture: by data set, those with fewer than 5 samples in a mean batch taken together by group, and by group alone.
+`ours`: as the loader takes rows with data.balance_batches=8, with the batches that two windows share; `as packed`:
+without; `sorted by cost`: the rows of 8 batches sorted, whatever they hold.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import platform
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import knapsack  # noqa: E402
+from benchmarks import knapsack, record  # noqa: E402
 from benchmarks.lengths import MAX_CROPS, MAX_TOKENS, WINDOW, Distribution, Drawn  # noqa: E402
 from megatron_vlm.data.balance import deal, row_cost  # noqa: E402
+from megatron_vlm.data.batches import arrange, parts  # noqa: E402
 from megatron_vlm.data.keyed import generator  # noqa: E402
 from megatron_vlm.data.pack import lower_bound, pack  # noqa: E402
 
-RESULTS = Path(__file__).with_name("results")
 #: Global batches over which rows could be exchanged for balance.
 SPAN = 8
 LEAST_EXPECTED = 5
@@ -70,113 +70,154 @@ def far_window() -> dict[str, Any]:
 
 
 class Bins:
-    """Data sets as the chi-square test counts them."""
+    """Data sets as the chi-square test counts them, in batches of about so many samples."""
 
-    def __init__(self, distribution: Distribution, samples: float) -> None:
-        groups = [group.name for group in distribution.mixture.groups for _ in group.members]
-        rates = np.asarray(distribution.rates)
-        labels: dict[str, int] = {}
-        enough = rates * samples >= LEAST_EXPECTED
-        names = [name if many else group for name, many, group in zip(distribution.names, enough, groups, strict=True)]
-        self._of = np.asarray([labels.setdefault(name, len(labels)) for name in names])
+    def __init__(self, distribution: Distribution, samples: float, by_set: bool) -> None:
+        rates, groups = np.asarray(distribution.rates), np.asarray(distribution.mixture.group_numbers)
+        enough = (rates * samples >= LEAST_EXPECTED) & by_set
+        names = np.where(enough, groups.max() + 1 + np.arange(len(rates)), groups)
+        few = np.bincount(names, rates) * samples < LEAST_EXPECTED  # hard-coded answers: put to the largest
+        names = np.where(few[names], np.bincount(names, rates).argmax(), names)
+        self._of = np.unique(names, return_inverse=True)[1]
         self._share = np.bincount(self._of, rates)
 
     def p(self, sources: list[int]) -> float:
         """Probability of a batch at least as far from the mixture. Wilson and Hilferty's normal approximation."""
-        found = np.bincount(self._of[sources], minlength=len(self._share))
         expected = self._share * len(sources)
-        few = expected < LEAST_EXPECTED  # hard-coded answers: put to the largest
-        largest = int(expected.argmax())
-        found[largest] += found[few].sum()
-        expected[largest] += expected[few].sum()
-        square = (((found - expected) ** 2 / expected)[~few]).sum()
-        freedom = int((~few).sum()) - 1
+        found = np.bincount(self._of[sources], minlength=len(expected))
+        square, freedom = float(((found - expected) ** 2 / expected).sum()), len(expected) - 1
         scaled = ((square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
         return 0.5 * math.erfc(scaled / math.sqrt(2))
 
 
-def balance(seed: int, ranks: int, rows_per_rank: int, windows: int = 4) -> list[dict[str, Any]]:
-    """Imbalance of batches in the order of the stream, and were the rows of SPAN batches sorted by cost."""
-    distribution = Distribution(seed)
-    rows: list[list[Drawn]] = []
-    for window in range(windows):
-        samples = distribution.window(window)
-        made = pack([one.tokens for one in samples], [one.crops for one in samples], MAX_TOKENS, MAX_CROPS)
-        generator(seed, window, "rows").shuffle(made)
-        rows += [[samples[one] for one in row] for row in made]
-    cost = [row_cost(distribution.arch, MAX_TOKENS, [one.work for one in row]) for row in rows]
-    padding = row_cost(distribution.arch, MAX_TOKENS, [])
+class Stream:
+    """The rows of some windows, as they come from the packer."""
+
+    def __init__(self, seed: int, windows: int = 4) -> None:
+        self.distribution = Distribution(seed)
+        self.windows: list[range] = []
+        self.rows: list[list[Drawn]] = []
+        self._seed = seed
+        for window in range(windows):
+            samples = self.distribution.window(window)
+            made = pack([one.tokens for one in samples], [one.crops for one in samples], MAX_TOKENS, MAX_CROPS)
+            generator(seed, window, "rows").shuffle(made)
+            self.windows.append(range(len(self.rows), len(self.rows) + len(made)))
+            self.rows += [[samples[one] for one in row] for row in made]
+        arch = self.distribution.arch
+        self.cost = [row_cost(arch, MAX_TOKENS, [one.work for one in row]) for row in self.rows]
+        self.padding = row_cost(arch, MAX_TOKENS, [])
+        self.arranging_s = 0.0
+
+    def batches(self, order: str, batch: int) -> Iterator[list[int]]:
+        """Rows of each global batch."""
+        rows = list(range(len(self.rows)))
+        if order == "sorted by cost":
+            spans = [rows[start : start + SPAN * batch] for start in range(0, len(rows), SPAN * batch)]
+            rows = [row for span in spans for row in sorted(span, key=lambda row: -self.cost[row])]
+        elif order == "ours":
+            rows = self._arranged(batch)
+        whole = len(rows) // batch
+        return (rows[first * batch : (first + 1) * batch] for first in range(whole))
+
+    def _arranged(self, batch: int) -> list[int]:
+        mixture = self.distribution.mixture
+        samples = np.zeros((len(self.rows), len(self.distribution.names)), dtype=np.int64)
+        for place, row in enumerate(self.rows):
+            np.add.at(samples[place], [one.source for one in row], 1)
+        found: list[int] = []
+        began = time.process_time()
+        for number, window in enumerate(self.windows):
+            sizes = parts(len(window), 0, len(found) % batch, lambda _: batch)
+            costs, rng = self.cost[window.start : window.stop], generator(self._seed, number, "batches")
+            args = samples[window.start : window.stop], self.distribution.rates, mixture.group_numbers, sizes, SPAN
+            found += [window[place] for place in arrange(costs, *args, rng)]
+        self.arranging_s = time.process_time() - began
+        return found
+
+
+def balance(stream: Stream, seed: int, ranks: int, rows_per_rank: int) -> list[dict[str, Any]]:
+    """Imbalance of batches in three orders of the same rows."""
     batch = ranks * rows_per_rank
-    bins = Bins(distribution, batch * sum(map(len, rows)) / len(rows))
+    mean_samples = batch * sum(map(len, stream.rows)) / len(stream.rows)
+    by_set, by_group = (Bins(stream.distribution, mean_samples, each) for each in (True, False))
     results = []
-    for order in ("stream", "sorted by cost"):
-        whole, differing, p = [], [], []
-        for start in range(0, len(rows) - SPAN * batch + 1, SPAN * batch):
-            span = list(range(start, start + SPAN * batch))
-            if order != "stream":
-                span.sort(key=lambda row: -cost[row])
-            for first in range(0, len(span), batch):
-                mine = span[first : first + batch]
-                dealt = deal([cost[row] for row in mine], ranks, rows_per_rank)
-                loads = [sum(cost[mine[row]] for part in rank for row in part) for rank in dealt]
-                mean = sum(loads) / ranks
-                whole.append(max(loads) / mean)
-                constant = padding * rows_per_rank
-                differing.append((max(loads) - constant) / (mean - constant))
-                p.append(bins.p([one.source for row in mine for one in rows[row]]))
+    for order in ("as packed", "sorted by cost", "ours"):
+        whole, differing, p, group_p, samples = [], [], [], [], []
+        for mine in stream.batches(order, batch):
+            dealt = deal([stream.cost[row] for row in mine], ranks, rows_per_rank)
+            loads = [sum(stream.cost[mine[row]] for part in rank for row in part) for rank in dealt]
+            mean, constant = sum(loads) / ranks, stream.padding * rows_per_rank
+            whole.append(max(loads) / mean)
+            differing.append((max(loads) - constant) / (mean - constant))
+            sources = [one.source for row in mine for one in stream.rows[row]]
+            p.append(by_set.p(sources))
+            group_p.append(by_group.p(sources))
+            samples.append(sum(len(stream.rows[row]) for row in mine))
+        spent = f"{stream.arranging_s / sum(map(len, stream.rows)) * 1e6:.0f}" if order == "ours" else "0"
         results.append(
             {
                 "seed": seed,
-                "rows_a_rank": rows_per_rank,
+                "rows a rank": rows_per_rank,
                 "order": order,
                 "batches": len(whole),
-                "mean": round(statistics.mean(whole), 3),
-                "worst": round(max(whole), 3),
-                "mean_differing": round(statistics.mean(differing), 3),
-                "worst_differing": round(max(differing), 3),
-                "p_median": float(f"{statistics.median(p):.2g}"),
-                "p_least": float(f"{min(p):.2g}"),
-                "p_below_0.01": round(sum(one < 0.01 for one in p) / len(p), 3),
+                "mean": f"{statistics.mean(whole):.3f}",
+                "worst": f"{max(whole):.3f}",
+                "mean, differing": f"{statistics.mean(differing):.3f}",
+                "p, median": float(f"{statistics.median(p):.2g}"),
+                "p, least": float(f"{min(p):.2g}"),
+                "p < 0.05": round(sum(one < 0.05 for one in p) / len(p), 3),
+                "groups: p, least": float(f"{min(group_p):.2g}"),
+                "samples": f"{min(samples)} to {max(samples)}",
+                "us a sample": spent,
             }
         )
     return results
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """As Markdown."""
-    head = list(lines[0])
-    body = [[str(line[name]) for name in head] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+def _most(lines: list[dict[str, Any]], **wanted: Any) -> float:
+    """The largest mean of the seeds."""
+    return max(float(line["mean"]) for line in lines if all(line[name] == value for name, value in wanted.items()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ranks", type=int, default=64)
+    parser = record.options(__doc__, threads=False)
+    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=64, help="(default: %(default)s)")
     asked = parser.parse_args()
     packing, balancing = [], []
     for seed in range(asked.seeds):
         samples = Distribution(seed).window(0)
         for name, method in (("ours", pack), ("knapsack of 48", knapsack.pack)):
             packing.append({"seed": seed, "packing": name, "samples": len(samples), **packed(samples, method)})
-            print(packing[-1], flush=True)
+        stream = Stream(seed)
         for rows_per_rank in (1, 2):
-            balancing += balance(seed, asked.ranks, rows_per_rank)
+            balancing += balance(stream, seed, asked.ranks, rows_per_rank)
+        print(record.table(balancing[-6:]), flush=True)
     far = far_window()
-    cpu = platform.processor() or platform.machine()
-    machine = {"cores": os.cpu_count(), "processor": cpu, "python": platform.python_version(), "numpy": np.__version__}
-    found = {"machine": machine, "window": WINDOW, "packing": packing, "balance": balancing, "window_1000000": far}
-    text = (
+    what = (
         f"`python benchmarks/packing.py`: {asked.ranks} ranks, windows of {WINDOW:,} samples, rows of {MAX_TOKENS:,} "
-        f"tokens and {MAX_CROPS} crops. Processor time, {machine['cores']} cores, Python {machine['python']}.\n\n"
-        f"{table(packing)}\n\nImbalance (dearest rank / mean), of all operations and of those in which rows differ:\n\n"
-        f"{table(balancing)}\n\nWindow 1,000,000 alone: {far['draw_s']} s to draw {far['samples']} lengths, "
-        f"{far['pack_s']} s to pack.\n"
+        f"tokens and {MAX_CROPS} crops. Window 1,000,000 alone: {far['draw_s']} s of the processor to draw "
+        f"{far['samples']} lengths, {far['pack_s']} s to pack them.\n\nImbalance (dearest rank / mean) of all "
+        f"operations, and of those in which rows differ:\n\n{record.table(balancing)}\n\nPacking:"
     )
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "packing.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "packing.md").write_text(text)
+    ours = [line for line in packing if line["packing"] == "ours"]
+    theirs = [line for line in packing if line["packing"] != "ours"]
+    bound, other = (min(line["of_bound"] for line in lines) for lines in (ours, theirs))
+    one, two = (_most(balancing, order="ours", **{"rows a rank": rows}) for rows in (1, 2))
+    before = [_most(balancing, order="as packed", **{"rows a rank": rows}) for rows in (1, 2)]
+    key = {"of_bound": bound, "knapsack_of_bound": other, "imbalance_1": one, "imbalance_2": two}
+    ranks = f"dearest of {asked.ranks} ranks over their mean, "
+    summary = [
+        ("rows that packing needs at least over rows used (knapsack of 48 samples)", f"{bound:.3f} ({other:.3f})"),
+        (ranks + "1 row each (as packed)", f"{one:.3f} ({before[0]:.3f})"),
+        (ranks + "2 rows each (as packed)", f"{two:.3f} ({before[1]:.3f})"),
+    ]
+    if asked.dry_run:
+        print(what, record.table(packing), json.dumps(key), sep="\n\n")
+    else:
+        data = {"window": WINDOW, "packing": packing, "balance": balancing, "window_1000000": far}
+        record.write("packing", what, data, packing, key, summary)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def _planned(config: Config, line: dict[str, Any]) -> Step:
     """The step that begins at the ledger's window and offset, planned again from the data; no pixel is read."""
     arch, share = presets.architecture(config.model), Share(crops=False)
     start = Loader(config, arch, share)
-    state = start.state_dict() | {"window": line["window"], "offset": line["offset"]}
+    state = start.state_dict() | {"window": line["window"], "offset": line["offset"], "steps": line["step"] - 1}
     start.close()
     loader = Loader(config, arch, share, state=state)
     try:

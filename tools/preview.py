@@ -6,7 +6,8 @@
 
 Writes OUT/row.html, one page that holds everything it shows (tokens with id, position, branch, weight and target when
 the mouse is over them; crops; the row as a band; the mask), and the band and the mask as OUT/band.png and OUT/mask.png.
-Rows are those that training sees: --window and --row count as in a run's ledger.
+Rows are those that training sees, numbered as they were packed: as in a run's ledger, but where data.balance_batches
+exchanges rows between steps.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def planned(config: Config, window: int, row: int) -> Step:
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, global_batch=1, micro_batch=1),
-        data=dataclasses.replace(config.data, workers=0),
+        data=dataclasses.replace(config.data, workers=0, balance_batches=1),
     )
     arch = presets.architecture(config.model)
     start = Loader(config, arch, Share(crops=False))

@@ -42,6 +42,7 @@ AT_LEAST: dict[str, float] = {
     "parallel.context": 1,
     "data.sequence_length": 1,
     "data.window": 1,
+    "data.balance_batches": 1,
     "train.steps": 1,
     "train.global_batch": 1,
     "train.micro_batch": 1,

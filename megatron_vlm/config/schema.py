@@ -111,6 +111,9 @@ class DataConfig:
     """Frames taken of a second of video, and the last one; fewer, evenly spread, where data.max_frames is reached."""
     window: int = 1024
     """Samples drawn, tokenized and packed together; nothing is carried from one window to the next."""
+    balance_batches: int = 1
+    """Global batches of a window, or about so many, among which rows are exchanged so that those of one batch cost
+    about as much, while each batch keeps the mixture's shares. 1 = rows in the order in which they were packed."""
     workers: int = 0
     """Processes that decode ahead of training. 0 = decode in the training process."""
     seed: int = 0

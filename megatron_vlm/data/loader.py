@@ -15,6 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_vlm.batch import Batch
 from megatron_vlm.config import rampup
 from megatron_vlm.config.architecture import Architecture
@@ -22,8 +24,10 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data import manifest
 from megatron_vlm.data import mixture as mixtures
 from megatron_vlm.data.balance import deal
+from megatron_vlm.data.batches import arrange, parts
 from megatron_vlm.data.collate import Collator, MicroBatch, silenced
 from megatron_vlm.data.faults import Fault
+from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.order import MixtureOrder, OnePassOrder
 from megatron_vlm.data.plan import Planner, Row, Sample, padding_row
 from megatron_vlm.data.shards import Shards
@@ -133,6 +137,7 @@ class Loader:
     ) -> None:
         self._share, self._config = share, config
         data, self._grows = config.data, not one_pass
+        self._balances = data.balance_batches > 1 and not one_pass
         _check_shares(config, share)
         split = split or data.split
         shards = Shards(manifest.directory(data.manifest))
@@ -155,6 +160,7 @@ class Loader:
             tuple(m.high_resolution for m in mixture.members),
             skips,
         )  # fmt: skip
+        self._rates, self._groups = rates, mixture.group_numbers
         self._identity = {
             "manifest": shards.hash,
             "tokenizer": tokenizer.hash,
@@ -173,6 +179,9 @@ class Loader:
             self._identity["high_resolution_crops"] = data.high_resolution_crops
         if shards.has_videos:
             self._identity["videos"] = f"{data.frames_per_second} {data.max_frames} {geometry.video_pool}"
+        if self._balances:
+            ramp = [config.train.rampup_steps, config.train.rampup_from, config.train.rampup_by]
+            self._identity["balance"] = f"{data.balance_batches} batches of {config.train.global_batch} rows, {ramp}"
         self._position = (0, 0) if state is None else self._checked(state)
         self._steps = 0 if state is None else int(state.get("steps", 0))
         self._workers = Workers(Collator(shards, geometry, data.sequence_length, skips), data.workers)
@@ -208,9 +217,9 @@ class Loader:
     def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
         before = state.get("of", {})
         different = [
-            f"{name} was {before.get(name)!r} and is now {value!r}"
-            for name, value in self._identity.items()
-            if before.get(name) != value
+            f"{name} was {before.get(name)!r} and is now {self._identity.get(name)!r}"
+            for name in {**self._identity, **before}
+            if before.get(name) != self._identity.get(name)
         ]
         if different:
             raise ValueError(
@@ -231,7 +240,7 @@ class Loader:
         """What is known of each step without pixels, and this rank's micro-batches."""
         rows: list[Row] = []
         start, step = (window, offset), self._steps + 1
-        for number, planned in self._windows(window):
+        for number, planned in self._windows(window, *self._entry(offset, step)):
             skip = offset if number == window else 0
             for place in range(skip, len(planned)):
                 rows.append(planned[place])
@@ -245,15 +254,41 @@ class Loader:
             yield self._step([*rows, *padding], start, (number + 1, 0))
 
     def _rows_of(self, step: int) -> int:
-        return rampup.rows(self._config.train, step) if self._grows else self._config.train.global_batch
+        return rampup.rows(self._config.train, max(1, step)) if self._grows else self._config.train.global_batch
 
-    def _windows(self, window: int) -> Iterator[tuple[int, list[Row]]]:
-        """Planned windows from `window` on; the next one is planned while one is in use."""
-        future = self._plans.submit(self._planner.plan, window)
-        while (planned := future.result()) is not None:
-            future = self._plans.submit(self._planner.plan, window + 1)
-            yield window, planned
+    def _entry(self, offset: int, step: int) -> tuple[int, int]:
+        """Which step has a window's first row, and how many rows earlier windows gave it, if `step` begins at row
+        `offset` of the window."""
+        while offset > 0:
+            step -= 1
+            offset -= self._rows_of(step)
+        return step, -offset
+
+    def _windows(self, window: int, step: int, before: int) -> Iterator[tuple[int, list[Row]]]:
+        """Windows from `window` on, in the order in which steps take their rows; the next one is made while one is in
+        use. The first row belongs to `step`, which has `before` rows of earlier windows."""
+        future = self._plans.submit(self._window, window, step, before)
+        while (made := future.result()) is not None:
+            rows, step, before = made
+            future = self._plans.submit(self._window, window + 1, step, before)
+            yield window, rows
             window += 1
+
+    def _window(self, window: int, step: int, before: int) -> tuple[list[Row], int, int] | None:
+        """A window's rows, and to which step the next window's first row belongs, with how many rows before it."""
+        rows = self._planner.plan(window)
+        if rows is None:
+            return None
+        sizes = parts(len(rows), step, before, self._rows_of)
+        if self._balances:
+            samples = np.zeros((len(rows), len(self.sources)), dtype=np.int64)
+            for place, row in enumerate(rows):
+                np.add.at(samples[place], [sample.source for sample in row.samples], 1)
+            rng = generator(self._config.data.seed, window, "batches")
+            span, costs = self._config.data.balance_batches, [row.cost for row in rows]
+            rows = [rows[i] for i in arrange(costs, samples, self._rates, self._groups, sizes, span, rng)]
+        last, held = step + len(sizes) - 1, sizes[-1] + (before if len(sizes) == 1 else 0)
+        return (rows, last + 1, 0) if held == self._rows_of(last) else (rows, last, held)
 
     def _step(
         self, rows: list[Row], start: tuple[int, int], following: tuple[int, int]

@@ -62,6 +62,11 @@ class Mixture:
         return tuple(member for group in self.groups for member in group.members)
 
     @property
+    def group_numbers(self) -> tuple[int, ...]:
+        """Which group each member is in, in the order of `members`."""
+        return tuple(number for number, group in enumerate(self.groups) for _ in group.members)
+
+    @property
     def hash(self) -> str:
         """sha256 of what the file means; comments and layout do not count."""
         groups = [[group.name, group.rate, [_meaning(member) for member in group.members]] for group in self.groups]
