@@ -163,6 +163,24 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Whose code computes what. auto: the fastest of what is installed and runs on this device; the start says which
+    and why. A name that is not installed is an error."""
+
+    spec: str = "auto"
+    """Layers of vision tower, connector and decoder: local (Megatron's) or transformer_engine. Weights, checkpoints and
+    results are the same, up to rounding."""
+    norm: str = "auto"
+    """LayerNorm and RMSNorm, but for those that Transformer Engine's layers have inside: torch, apex or
+    transformer_engine."""
+    optimizer: str = "auto"
+    """Adam: torch, apex or transformer_engine."""
+    gradients: str = "auto"
+    """Weight gradients: fused (added to the float32 buffer inside the matrix product; needs apex's extension, or
+    kernels.spec=transformer_engine) or separate."""
+
+
+@dataclass(frozen=True)
 class ComponentOptimConfig:
     """Learning rate of one component. Warm-up is linear from 0."""
 
@@ -329,6 +347,8 @@ class Config:
     """What is read."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it trains."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    """Whose code computes what."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimizer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.presets import architecture
 from megatron_vlm.config.schema import Config
-from megatron_vlm.model import state
+from megatron_vlm.model import kernels, state
 from megatron_vlm.model.connector import build_connector
 from megatron_vlm.model.dropout import DropoutSettings
+from megatron_vlm.model.kernels import PartConfig
 from megatron_vlm.model.language import Language
 from megatron_vlm.model.vision import VisionTower
 from megatron_vlm.model.vlm import VlmModel
@@ -87,7 +87,7 @@ def _stage(
     config: Config,
     layout: Layout,
     settings: dict[str, Any],
-    language_config: TransformerConfig,
+    language_config: PartConfig,
     sharded: ProcessGroupCollection,
     virtual: int,
 ) -> VlmModel:
@@ -119,11 +119,12 @@ def _stage(
 
 
 def _common_settings(config: Config) -> dict[str, Any]:
-    """TransformerConfig arguments that all parts of the model share."""
+    """PartConfig arguments that all parts of the model share."""
     if config.train.precision not in DTYPES:
         raise ValueError(f"train.precision={config.train.precision!r} is not one of {', '.join(DTYPES)}.")
     dtype = DTYPES[config.train.precision]
     settings: dict[str, Any] = {
+        "kernels": kernels.choose(config),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -145,7 +146,7 @@ def _common_settings(config: Config) -> dict[str, Any]:
     return {**settings, **recompute[config.train.recompute]}
 
 
-def _language_config(arch: Architecture, config: Config, layout: Layout, settings: dict[str, Any]) -> TransformerConfig:
+def _language_config(arch: Architecture, config: Config, layout: Layout, settings: dict[str, Any]) -> PartConfig:
     """The decoder's configuration, which is also the one that Megatron's schedules read."""
     decoder = arch.language
     stages: list[list[str]] = [["decoder"] * count for count in layers_per_chunk(config, decoder.layers, layout)]
@@ -156,7 +157,7 @@ def _language_config(arch: Architecture, config: Config, layout: Layout, setting
         pipeline = {"pipeline_model_parallel_layout": stages}
     if layout.virtual_pipeline > 1:
         pipeline["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline
-    return TransformerConfig(
+    return PartConfig(
         **settings,
         **pipeline,
         num_layers=decoder.layers,

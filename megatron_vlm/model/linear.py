@@ -6,6 +6,8 @@ accumulation of weight gradients (a CUDA extension), they are Megatron's to the 
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from megatron.core import tensor_parallel
 from torch import nn
@@ -46,6 +48,19 @@ def mark_sharded(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, kinds):
             layer.weight.tensor_model_parallel = True
+
+
+def fuse_gradients(module: nn.Module) -> None:
+    """Let linear layers add weight gradients to the float32 buffers inside their matrix products.
+
+    Call it when Megatron's data parallelism has made the buffers (`main_grad`). Its own layers need apex's extension.
+    """
+    extension = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    for layer in module.modules():
+        if hasattr(layer, "fuse_wgrad_accumulation"):  # Transformer Engine's
+            layer.fuse_wgrad_accumulation = True
+        elif extension and hasattr(layer, "gradient_accumulation_fusion"):
+            layer.gradient_accumulation_fusion = True
 
 
 def _alone(layer: tensor_parallel.ColumnParallelLinear | tensor_parallel.RowParallelLinear) -> bool:

@@ -1,13 +1,49 @@
 """LayerNorm and RMSNorm for Megatron's layer specs, on any device and with sequence parallelism.
 
-Megatron's own wrapper of torch's norms refuses sequence parallelism; its fused norms need apex or Transformer Engine.
+Megatron's own wrapper of torch's norms refuses sequence parallelism, and its wrapper of apex knows no RMSNorm.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+
+from megatron_vlm.model.kernels import PartConfig
+
+
+class LayerNorm:
+    """Zero mean, unit variance, then weight and bias: by the package that `config.kernels.norm` names."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> Any:
+        """The module; its parameters are `weight` and `bias` whoever made it."""
+        return _build(config, hidden_size, eps, TorchLayerNorm, "FusedLayerNorm")
+
+
+class RMSNorm:
+    """Unit mean square, then weight: likewise."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> Any:
+        """The module; its parameter is `weight` whoever made it."""
+        return _build(config, hidden_size, eps, TorchRMSNorm, "FusedRMSNorm")
+
+
+def _build(config: TransformerConfig, hidden_size: int, eps: float, own: Any, apex_name: str) -> Any:
+    package = config.kernels.norm if isinstance(config, PartConfig) else "torch"
+    if package == "torch":
+        return own(config, hidden_size, eps)
+    if package == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm(config, hidden_size, eps)  # LayerNorm or RMSNorm by config.normalization
+    from apex import normalization
+
+    made = getattr(normalization, apex_name)(hidden_size, eps=eps).to(config.params_dtype)
+    for parameter in made.parameters():
+        parameter.sequence_parallel = config.sequence_parallel
+    return made
 
 
 class _Norm(nn.Module):
@@ -28,7 +64,7 @@ class _Norm(nn.Module):
             parameter.sequence_parallel = config.sequence_parallel
 
 
-class LayerNorm(_Norm):
+class TorchLayerNorm(_Norm):
     """Zero mean, unit variance, then weight and bias."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):
@@ -39,7 +75,7 @@ class LayerNorm(_Norm):
         return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class RMSNorm(_Norm):
+class TorchRMSNorm(_Norm):
     """Unit mean square, then weight."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6):

@@ -16,14 +16,14 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_vlm.model.kernels import PartConfig
 from megatron_vlm.model.linear import mark_sharded
 
 
-def config(settings: Mapping[str, Any], groups: ProcessGroupCollection, **sizes: Any) -> TransformerConfig:
-    """TransformerConfig of such a part: `settings` are common to all parts of the model; `groups`: of the part.
+def config(settings: Mapping[str, Any], groups: ProcessGroupCollection, **sizes: Any) -> PartConfig:
+    """The configuration of such a part: `settings` are common to all parts of the model; `groups`: of the part.
 
     The part's sizes and degrees of parallelism win over the settings.
     """
@@ -43,7 +43,7 @@ def config(settings: Mapping[str, Any], groups: ProcessGroupCollection, **sizes:
     if settings.get("recompute_granularity") == "full":
         # Layer by layer: the blocks between two taps are short and need not divide by a larger number.
         own |= {"recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(**{**settings, **own, **sizes})
+    return PartConfig(**{**settings, **own, **sizes})
 
 
 def mark(module: nn.Module, group: dist.ProcessGroup) -> None:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_vlm.model.norm import RMSNorm
+from megatron_vlm.model.norm import TorchRMSNorm
 
 
 def table(positions: torch.Tensor, theta: float, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -34,7 +34,7 @@ class Rotary(nn.Module):
         return _rotate(x, self.table)
 
 
-class NormedRotary(RMSNorm):
+class NormedRotary(TorchRMSNorm):
     """RMSNorm of each head (Qwen3), then the turn."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float):

@@ -23,7 +23,7 @@ from megatron_vlm.config.schema import Config
 LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl", "norms.jsonl")
 #: Settings that may change between a checkpoint and the run that goes on from it: they do not touch what is learnt.
 MAY_CHANGE = (
-    "run", "init", "parallel", "checkpoint", "guard", "eval", "log",
+    "run", "init", "parallel", "checkpoint", "guard", "eval", "log", "kernels",
     "data.workers", "data.bad_samples", "data.bad_ceiling", "train.micro_batch", "train.recompute", "train.logit_chunk",
 )  # fmt: skip
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "webdataset", "pyarrow", "pillow", "transformer-engine")

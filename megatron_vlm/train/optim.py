@@ -6,11 +6,13 @@ component (with and without weight decay); each group knows its component by `lr
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
@@ -18,6 +20,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_vlm.config.architecture import COMPONENTS
 from megatron_vlm.config.schema import Config, OptimConfig
+from megatron_vlm.model import kernels, linear
 from megatron_vlm.model.build import component_of
 from megatron_vlm.parallel import groups
 from megatron_vlm.train.schedule import learning_rate
@@ -46,6 +49,8 @@ def wrap(models: Sequence[torch.nn.Module], config: Config) -> list[DistributedD
         model_config: Any = model.config
         model_config.calculate_per_token_loss = True  # gradients are summed over data-parallel ranks, not averaged
         wrapped.append(DistributedDataParallel(model_config, settings, model, disable_bucketing=index > 0))
+        if kernels.choose(config).gradients == "fused":
+            linear.fuse_gradients(model)
     return wrapped
 
 
@@ -69,7 +74,8 @@ def build(models: Sequence[DistributedDataParallel], config: Config) -> Megatron
     for component in COMPONENTS:
         for decays in (False, True):
             overrides[_key(component, decays)] = {"lr_mult": TAGS[component], "wd_mult": float(decays)}
-    optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
+    with _adam(kernels.choose(config).optimizer):
+        optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
     for name, group in _named_groups(optimizer):
         own = optim.of(name)
         # The table's only group is one without decay, unless the component itself has some.
@@ -79,6 +85,31 @@ def build(models: Sequence[DistributedDataParallel], config: Config) -> Megatron
         if "fused" in group:  # torch's AdamW; on a CPU it would go through the tensors operator by operator
             group["fused"] = True
     return optimizer
+
+
+@contextlib.contextmanager
+def _adam(package: str) -> Iterator[None]:
+    """Megatron takes Adam of the first of Transformer Engine, apex and torch that there is; inside, of `package`.
+
+    All three are AdamW with the same arguments.
+    """
+    chosen: dict[str, Any] = {"USING_PYTORCH_OPTIMIZER": package == "torch"}
+    if package == "transformer_engine":
+        from transformer_engine.pytorch.optimizers import FusedAdam
+
+        chosen["Adam"] = FusedAdam
+    elif package == "apex":
+        from apex.optimizers import FusedAdam
+
+        chosen["Adam"] = FusedAdam
+    before = {name: getattr(megatron_optimizer, name) for name in chosen}
+    try:
+        for name, value in chosen.items():
+            setattr(megatron_optimizer, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(megatron_optimizer, name, value)
 
 
 def _key(component: str, decays: bool) -> ParamKey:
