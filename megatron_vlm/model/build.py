@@ -92,6 +92,9 @@ def _stage(
     virtual: int,
 ) -> VlmModel:
     chunk = virtual * layout.pipeline + sharded.pp.rank()
+    # A frozen tower too stands on the first stage alone. Run ahead of the pipeline by all stages it would gain nothing
+    # where it does 7 % of the work, 3 % where it does 15 %, and the features of a whole step would have to be kept
+    # (benchmarks/results/encode_ahead.md); uneven layers (parallel.pipeline_layers) do more.
     first, last = chunk == 0, chunk == layout.chunks - 1
     vp_stage = virtual if layout.virtual_pipeline > 1 else None
     encoder = groups.encoder(layout)

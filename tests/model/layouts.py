@@ -18,7 +18,8 @@ ROWS = 4
 
 
 def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | None = None) -> dict[str, Any]:
-    """Runs on every rank. `options`: further settings, see tiny.config; `quiet`: rows as without_images makes them.
+    """Runs on every rank. `options`: further settings, see tiny.config; `quiet`: "all" rows as without_images makes
+    them, or those with an "odd" number.
 
     Returns the sum of this rank's weighted losses and the parts of the gradients that this rank answers for:
     (checkpoint name, whole shape, offset, values), of components that train; and the initial weights likewise.
@@ -36,7 +37,7 @@ def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | Non
 
     groups.initialize(layout, seed=0, timeout_s=50)
     options = dict(options or {})
-    quiet = options.pop("quiet", False)
+    quiet = options.pop("quiet", "")
     models = build(tiny.config(arch, parallel=parallel, **options), layout)
     with torch.no_grad():
         # Initial weights are so small that the image hardly counts; times 8, its gradients have the size of the others.
@@ -47,7 +48,8 @@ def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | Non
     rows = list(range(at.data, ROWS, layout.data))
     batches = [tiny.batch(arch, [number], layout.crop_rank(dist.get_rank()), layout.crop_ranks) for number in rows]
     if quiet:
-        batches = [without_images(batch) for batch in batches]
+        silent = [quiet == "all" or number % 2 == 1 for number in rows]
+        batches = [without_images(batch) if each else batch for batch, each in zip(batches, silent, strict=True)]
     wrapped = [
         DistributedDataParallel(models[0].config, DistributedDataParallelConfig(), model, disable_bucketing=index > 0)
         for index, model in enumerate(models)

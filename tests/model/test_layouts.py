@@ -15,7 +15,6 @@ CASES = {
     "tp2": (tiny.ARCH, {"tensor": 2}, {}, 2),
     "tp2_sp": (tiny.ARCH, {"tensor": 2, "sequence": True}, {}, 2),
     "tp2_sp_tied": (tiny.TIED, {"tensor": 2, "sequence": True}, {}, 2),
-    "tp2_sp_frozen_vision": (tiny.ARCH, {"tensor": 2, "sequence": True}, FROZEN_VISION, 2),
     "tp2_sp_qwen2_5": (tiny.QWEN2_5, {"tensor": 2, "sequence": True}, {}, 2),
     "tp2_sp_full_recompute_dropout": (
         tiny.TIED,
@@ -26,9 +25,10 @@ CASES = {
     # More ranks than key-value heads.
     "tp4_sp": (tiny.ARCH, {"tensor": 4, "sequence": True}, {}, 4),
     # Nothing to encode on any rank, no loss in the chunks of the later context rank.
-    "tp2_cp2_sp_quiet": (tiny.ARCH, {"tensor": 2, "context": 2, "sequence": True}, {"quiet": True}, 4),
+    "tp2_cp2_sp_quiet": (tiny.ARCH, {"tensor": 2, "context": 2, "sequence": True}, {"quiet": "all"}, 4),
     "dp2": (tiny.ARCH, {}, {}, 2),
-    "dp2_frozen_vision": (tiny.ARCH, {}, FROZEN_VISION, 2),
+    "dp2_frozen_vision_dropout": (tiny.ARCH, {}, {**FROZEN_VISION, **DROPOUT}, 2),
+    "dp2_images_on_one_rank": (tiny.ARCH, {}, {"quiet": "odd"}, 2),
     "cp2": (tiny.ARCH, {"context": 2}, {}, 2),
     "cp2_dropout": (tiny.ARCH, {"context": 2}, DROPOUT, 2),
     # More context ranks than heads, or than go round: keys and values gathered, alone and beside dealt heads.
@@ -62,12 +62,33 @@ CASES = {
         4,
     ),
 }
-
+#: Where tower and connector have most to do with the layout, by what is trained and by connector.
+ENCODER_LAYOUTS = {
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "cp2": {"context": 2},
+    "tp2_cp2": {"tensor": 2, "context": 2},
+    "tp2_vision": {"tensor": 2, "vision": "tensor"},
+}
+ENCODERS = {
+    "frozen_tower": (tiny.ARCH, FROZEN_VISION),
+    "connector_only": (tiny.ARCH, {"freeze": ("vision", "language", "base_embeddings")}),
+    "linear": (tiny.connector("linear"), {}),
+    "mlp": (tiny.connector("mlp"), {}),
+    "resampler": (tiny.connector("resampler"), {}),
+}
+ENCODER_CASES = {
+    f"{layout}_{name}": (arch, parallel, options, 4 if "cp2" in layout and "tp2" in layout else 2)
+    for layout, parallel in ENCODER_LAYOUTS.items()
+    for name, (arch, options) in ENCODERS.items()
+}
+CASES |= ENCODER_CASES
 
 #: What the others cover between them.
 SLOW = (
-    *("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_sp_frozen_vision", "tp2_cp2_sp_quiet", "tp4_sp"),
-    *("dp2_frozen_vision", "cp2", "pp2_tied_frozen", "cp4_gather", "cp8", "tp2_cp4_sp", "tp4_cp2"),
+    *ENCODER_CASES,
+    *("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_cp2_sp_quiet", "tp4_sp"),
+    *("dp2_frozen_vision_dropout", "cp2", "pp2_tied_frozen", "cp4_gather", "cp8", "tp2_cp4_sp", "tp4_cp2"),
     *("cp3_ring_dropout", "tp2_cp2_sp_ring", "tp2_cp2_sp_vision"),
 )
 

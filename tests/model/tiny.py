@@ -34,6 +34,13 @@ TIED = dataclasses.replace(ARCH, language=dataclasses.replace(LANGUAGE, tied_hea
 QWEN2_5 = dataclasses.replace(ARCH, language=dataclasses.replace(LANGUAGE, qk_norm=False, qkv_bias=True))
 
 
+def connector(kind: str, queries: int = 3, layers: int = 1) -> Architecture:
+    """ARCH with another connector; queries and layers: of a resampler."""
+    resampler = kind == "resampler"
+    changed = dataclasses.replace(CONNECTOR, kind=kind, queries=queries * resampler, layers=layers * resampler)
+    return dataclasses.replace(ARCH, connector=changed)
+
+
 def config(arch: Architecture, *, freeze: tuple[str, ...] = (), parallel: dict | None = None, **train) -> Config:
     """Settings for a model of `arch`, which becomes the preset `test`."""
     presets.PRESETS["test"] = arch
@@ -97,14 +104,11 @@ def _prefix(arch: Architecture, made: Row, choose: random.Random, images: int) -
             shape = (arch.vision.patches, arch.vision.patch_values)
             crop = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
             made.crops.append(crop)
-        for window in range(3 * crops):
-            at = first + 4 * window
-            made.windows.append([at, at + 1, at + 4 if window % 3 == 1 else PAD, at + 5])
+        for place in range((arch.connector.queries or 3) * crops):
             tokens.append((arch.token_id("<im_patch>"), True))
-            if window % 4 == 3:
+            if place % 4 == 3:
                 tokens.append((arch.token_id("<im_col>"), True))
-        if crops > 1:
-            made.windows[-3 * crops + 1] = [first + 3, first + arch.vision.patches, PAD, PAD]
+        made.windows += _windows(arch, first, crops)
         tokens.append((arch.token_id("<im_end>"), True))
         tokens.append((choose.randrange(arch.language.vocab_size), False))
     for position, (token, vision) in enumerate(tokens):
@@ -113,6 +117,18 @@ def _prefix(arch: Architecture, made: Row, choose: random.Random, images: int) -
         made.positions.append(position)
         made.branches.append(PREFIX_BRANCH)
         made.loss_weights.append(0.0)
+
+
+def _windows(arch: Architecture, first: int, crops: int) -> list[list[int]]:
+    """Patches of the windows of an image whose first patch is `first`."""
+    patches = arch.vision.patches
+    if arch.connector.kind == "resampler":  # a window is a crop
+        return [list(range(first + patches * crop, first + patches * (crop + 1))) for crop in range(crops)]
+    places = [first + 4 * window for window in range(3 * crops)]
+    made = [[at, at + 1, at + 4 if window % 3 == 1 else PAD, at + 5] for window, at in enumerate(places)]
+    if crops > 1:
+        made[1] = [first + 3, first + patches, PAD, PAD]
+    return made
 
 
 def _cut(made: Row, tokens: int, crops: int) -> None:
@@ -156,6 +172,6 @@ def join(arch: Architecture, rows: list[Row], numbers: list[int], crop_rank: int
         sources=whole("examples", torch.int32).clamp(max=0),
         crops=torch.stack(own) if own else empty,
         crop_counts=counts,
-        windows=torch.tensor(windows, dtype=torch.int64).reshape(-1, 4),
+        windows=torch.tensor(windows, dtype=torch.int64).reshape(-1, len(windows[0]) if windows else 4),
         rows=torch.tensor(numbers),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from megatron_vlm.batch import Batch
 from megatron_vlm.config.architecture import Architecture
@@ -19,12 +18,6 @@ SMALL = Architecture(
     dataclasses.replace(tiny.CONNECTOR, width=96, heads=4, mlp=256),
     dataclasses.replace(tiny.LANGUAGE, hidden=128, heads=8, kv_heads=4, mlp=384, vocab_size=2048, layers=6),
 )
-
-
-def connector(kind: str) -> Architecture:
-    resampler = kind == "resampler"
-    changed = dataclasses.replace(tiny.CONNECTOR, kind=kind, queries=4 * resampler, layers=2 * resampler)
-    return dataclasses.replace(tiny.ARCH, connector=changed)
 
 
 def clip() -> Architecture:
@@ -51,9 +44,9 @@ CASES: dict[str, dict] = {
     "frozen tower and table, full, bf16": {"freeze": ("vision", "base_embeddings"), "recompute": "full",
                                            "precision": "bf16"},
     "frozen decoder": {"freeze": ("language", "base_embeddings")},
-    "linear": {"arch": connector("linear")},
-    "mlp": {"arch": connector("mlp")},
-    "resampler": {"arch": connector("resampler")},
+    "linear": {"arch": tiny.connector("linear")},
+    "mlp": {"arch": tiny.connector("mlp")},
+    "resampler": {"arch": tiny.connector("resampler", queries=4, layers=2)},
     "clip tower": {"arch": clip()},
     "no taps": {"arch": untapped()},
     "small, bf16": {"arch": SMALL, "precision": "bf16", "rows": (0, 1, 2)},
@@ -77,16 +70,9 @@ LAYOUTS: dict[str, tuple[Layout, dict, dict]] = {
 
 
 def batch_of(arch: Architecture, rows: tuple[int, ...], rank: int = 0, layout: Layout | None = None) -> Batch:
-    """Rows of 96 tokens with images; for a resampler every crop is a window of all its patches."""
+    """Rows of 96 tokens with images."""
     layout = layout or Layout(1)
-    batch = tiny.batch(arch, list(rows), layout.crop_rank(rank), layout.crop_ranks)
-    if arch.connector.kind != "resampler":
-        return batch
-    crops, placeholder = sum(batch.crop_counts), arch.token_id("<im_patch>")
-    tokens = batch.tokens.masked_fill(batch.tokens == placeholder, 0)
-    tokens.view(-1)[: crops * arch.connector.queries] = placeholder
-    windows = torch.arange(crops * arch.vision.patches).view(crops, -1)
-    return dataclasses.replace(batch, tokens=tokens, windows=windows)
+    return tiny.batch(arch, list(rows), layout.crop_rank(rank), layout.crop_ranks)
 
 
 def agree(measured: measure.Measured, planned: measure.Measured) -> None:
