@@ -166,7 +166,7 @@ def _counting(said: int | None, question: Question) -> Scores:
         wanted_count = len(wanted.points if isinstance(wanted, Points) else wanted.objects)
     if wanted_count is None:
         raise ValueError("the truth names no number")
-    return places.counting(said, wanted_count)
+    return _by_category(places.counting(said, wanted_count), question)
 
 
 def _choice(said: int | None, question: Question) -> Scores:
@@ -174,7 +174,26 @@ def _choice(said: int | None, question: Question) -> Scores:
     wanted = {words.choice(one, options) for one in question.accepted} - {None}
     if not wanted:
         raise ValueError("the truth names none of the question's options")
-    return {"accuracy": (float(said in wanted), 1)}
+    return _by_category({"accuracy": (float(said in wanted), 1)}, question)
+
+
+def _choice_or_words(said: str, question: Question) -> int | str | None:
+    """Of sets in which some questions have options."""
+    options = words.options(question.prompt)
+    return words.choice(said, options) if options else said.strip() or None
+
+
+def _chosen_or_same(said: int | str, question: Question) -> Scores:
+    if words.options(question.prompt):
+        return _choice(said if isinstance(said, int) else None, question)
+    return {"accuracy": (words.exact(str(said), question.accepted), 1)}
+
+
+def _by_category(scores: Scores, question: Question) -> Scores:
+    """The main score a second time under the question's category."""
+    category = question.info.get("category")
+    name, pair = next(iter(scores.items()))
+    return {**scores, f"{name}, {category}": pair} if category else scores
 
 
 def _caption(said: str, question: Question) -> Scores:
@@ -204,6 +223,7 @@ KINDS: dict[str, Kind] = {
         None,
         "the answer names none of the options, or several",
     ),
+    "choice or words": Kind(_choice_or_words, _chosen_or_same, "", "the answer is empty, or names no option"),
     "count": Kind(lambda said, _: points.parse_count(said), _counting, None, "the answer names no number"),
     "pointing": Kind(_read_places, _pointing, [], NO_PLACE),
     "video pointing": Kind(_read_places, _video_pointing, [], NO_PLACE),

@@ -1,18 +1,19 @@
 """Where a place counts as a hit: a mask, or a circle; in an image or at moments of a video. And how places pair up.
 
-Coordinates are fractions of the picture; masks are COCO's run lengths {"size": [height, width], "counts": text}.
+Coordinates are fractions of the picture; masks are those of data/masks.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+
+from megatron_vlm.data.masks import unpacked
 
 #: Seconds by which a time in an answer, written in tenths, may miss a frame's.
 SAME_TIME_S = 0.051
@@ -55,31 +56,6 @@ def inside(spot: Spot, x: float, y: float, size: tuple[int, int]) -> bool:
     mask = unpacked(*spot.mask)
     row, column = (round(place * length) for place, length in zip((y, x), mask.shape, strict=True))
     return bool(mask[min(max(row, 0), mask.shape[0] - 1), min(max(column, 0), mask.shape[1] - 1)])
-
-
-@lru_cache(maxsize=256)
-def unpacked(height: int, width: int, counts: str) -> np.ndarray:
-    """(h, w) bool."""
-    from pycocotools import mask as coco
-
-    return coco.decode({"size": [height, width], "counts": counts.encode()}).astype(bool)
-
-
-def packed(value: Any) -> tuple[int, int, str]:
-    """A mask of an annotation: run lengths as an object, or rows of truth values. ValueError for anything else."""
-    from pycocotools import mask as coco
-
-    if isinstance(value, Mapping) and "counts" in value and len(value.get("size", ())) == 2:
-        height, width = map(int, value["size"])
-        counts = value["counts"]
-        if isinstance(counts, list):  # run lengths as plain numbers
-            counts = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
-        return height, width, counts.decode() if isinstance(counts, bytes) else str(counts)
-    rows = np.asarray(value)
-    if rows.ndim != 2 or rows.dtype not in (np.dtype(bool), np.dtype(np.uint8), np.dtype(np.int64)):
-        raise ValueError("a mask must be COCO run lengths {size, counts}, or rows of truth values.")
-    found = coco.encode(np.asfortranarray(rows.astype(np.uint8)))
-    return rows.shape[0], rows.shape[1], found["counts"].decode()
 
 
 def paired(

@@ -24,6 +24,7 @@ CASES = {
     "relaxed": (Question("?", "100"), "104", "106", ""),
     "anls": (Question("?", "Coca Cola"), "coca cola", "fanta", ""),
     "choice": (Question(MC, "B. a dog"), "(b)", "a cat", "C"),
+    "choice or words": (Question(MC, "B", {"category": "pets"}), "B", "A", "perhaps"),
     "count": (Question("cups", CUPS), "There are 2 cups.", "Three.", "many"),
     "pointing": (
         Question("cups", CUPS, **IMAGE),

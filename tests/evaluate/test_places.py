@@ -5,9 +5,10 @@ import random
 import numpy as np
 import pytest
 
+from megatron_vlm.data.masks import packed
 from megatron_vlm.data.points import Place
 from megatron_vlm.evaluate.places import counting, pointing, video_pointing
-from megatron_vlm.evaluate.regions import Region, Spot, packed, paired
+from megatron_vlm.evaluate.regions import Region, Spot, paired
 
 SQUARE = [(100, 100)]
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from megatron_vlm.data.masks import packed, unpacked
 from megatron_vlm.data.points import Place
 from megatron_vlm.evaluate import segments
-from megatron_vlm.evaluate.regions import Spot, packed, unpacked
+from megatron_vlm.evaluate.regions import Spot
 from megatron_vlm.evaluate.tracking import hota, tracking
 from tests.evaluate.reference import cases
 

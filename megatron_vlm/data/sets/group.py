@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from megatron_vlm.data.example import Branch, Points
 from megatron_vlm.data.keyed import generator
@@ -22,12 +23,21 @@ def trees(drafts: Iterable[Draft], *, chat_share: float = 0.0) -> Iterator[tuple
         groups.setdefault(draft.identity, []).append(draft)
     for identity, members in groups.items():
         branches = list(dict.fromkeys(branch for member in members for branch in member.branches))
-        info = {name: value for member in members for name, value in member.info.items()}
+        info = _merged(members)
         for number, part in enumerate(_split(branches), 1):
             key = identity if number == 1 else f"{identity}-{number}"
             if len(part) > 1 and generator("chat", key).random() < chat_share:
                 part = [Branch(part[0].style, tuple(turn for branch in part for turn in branch.turns))]
             yield key, replace(members[0], branches=tuple(part), info=info)
+
+
+def _merged(members: Iterable[Draft]) -> dict[str, Any]:
+    """The info of all; tables in it (answers by question, masks by label) are put together."""
+    info: dict[str, Any] = {}
+    for member in members:
+        for name, value in member.info.items():
+            info[name] = {**info.get(name, {}), **value} if isinstance(value, dict) else value
+    return info
 
 
 def _split(branches: list[Branch]) -> Iterator[list[Branch]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vlm.data.example import Branch, Clip, Point, Points, Turn
 from megatron_vlm.data.keyed import generator
+from megatron_vlm.data.masks import packed
 from megatron_vlm.data.sets.draft import Draft
 from megatron_vlm.data.sets.row import Row
 
@@ -26,6 +27,7 @@ def image_points(
     """All places of `label` in an image: `points` as [{x, y}] or {x: [], y: []}, in percent or in pixels of the file.
 
     styles: a sample for each; Molmo2 asks each label for its count and for its places.
+    `masks`, one for each place, where the set is for evaluation.
     """
     scale = 1.0 if in_pixels else 100.0
     places = tuple(Point(1, x / scale, y / scale) for x, y in pairs(row, "points"))
@@ -34,9 +36,11 @@ def image_points(
     if not in_pixels:
         places = tuple(inside(row, place) for place in places)
     label, media = _label(row), row.media()
+    masks = [[[1, *packed(mask)]] for mask in row.items("masks")]
+    info = {"masks": {label: masks}} if masks else {}
     for style in styles:
         branch = Branch(style, (Turn(label, Points(label, places)),))
-        yield Draft((branch,), media, in_pixels=in_pixels, part=style)
+        yield Draft((branch,), media, in_pixels=in_pixels, part=style, info=info)
 
 
 def question_points(row: Row, *, style: str = "cosyn_point") -> Iterator[Draft]:

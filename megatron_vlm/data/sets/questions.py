@@ -32,6 +32,7 @@ PLAIN_CLOSE = "Answer with the right option only."
 CLOSES = ("", "Which option is right?", "Choose one of the options.", "Give the option that fits.", PLAIN_CLOSE)
 UNPOINTED = ("Answer without pointing.", "Do not point.", "No points, only the answer:", "Without points:")
 _HOW_MANY = re.compile(r"\bhow many\b|\bcount\b|\bnumber of\b", re.IGNORECASE)
+_MARKED = re.compile(r"[(\[]?([A-Za-z])[)\].:]\s*(\S.*)", re.DOTALL)
 STEPS = (
     "Explain your reasoning before you answer.",
     "Work it out step by step, then answer.",
@@ -79,7 +80,8 @@ def questions(
     else:
         turn = Turn(without_places(question) if unpointed else question, _best(row, answers or {}, rng))
     used = choice_style if texts and choice_style else style
-    yield Draft((Branch(used, (turn,)),), media, clip=row.clip(cut=clip))
+    info = {} if texts else _accepted(row, turn.prompt)
+    yield Draft((Branch(used, (turn,)),), media, clip=row.clip(cut=clip), info=info)
 
 
 def question_pairs(
@@ -230,14 +232,32 @@ def _choice(question: str, texts: list[str], index: int, rng: Random, several: l
     return Turn("\n".join(part for part in (question, *marked, close) if part), answer)
 
 
+def plain_choice(question: str, texts: list[str], answer: Any, row: Row) -> Turn:
+    """A question with options as benchmarks write it: `A. option`, a line each. answer: number, letter or text."""
+    marked = [_MARKED.match(text) for text in texts]
+    if all(match and match[1].upper() == chr(65 + number) for number, match in enumerate(marked)):
+        texts = [match[2].strip() for match in marked if match]
+    index = _index(Row({"answer": answer.strip("() ") if isinstance(answer, str) else answer}), texts)
+    lines = [f"{chr(65 + number)}. {text.strip()}" for number, text in enumerate(texts)]
+    return Turn("\n".join([question, *lines, PLAIN_CLOSE]), lines[index])
+
+
+def _accepted(row: Row, prompt: str) -> dict[str, Any]:
+    """For the sample's info: what all people said to a question, where the row tells more than one answer."""
+    given = row.get("answer") if row.get("answer") is not None else row.get("answers")
+    said = [text for one in given if (text := _said(one))] if isinstance(given, list) else []
+    return {"answers": {prompt: said}} if len(said) > 1 else {}
+
+
+def _said(one: Any) -> str:
+    return str(one.get("answer", one.get("raw_answer")) if isinstance(one, Mapping) else one).strip()
+
+
 def _best(row: Row, meanings: Mapping[Any, str], rng: Random) -> str:
     """The answer given most often; one of them by chance where several are."""
     given = row.get("answer") if row.get("answer") is not None else row.get("answers")
     if isinstance(given, list):
-        said = [
-            str(one.get("answer", one.get("raw_answer")) if isinstance(one, Mapping) else one).strip() for one in given
-        ]
-        counts = Counter(text for text in said if text)
+        counts = Counter(text for one in given if (text := _said(one)))
         if not counts:
             raise row.bad("answer", given, "at least one answer")
         best = max(counts.values())

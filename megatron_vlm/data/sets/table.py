@@ -14,11 +14,12 @@ from __future__ import annotations
 import difflib
 
 from megatron_vlm.data.sets.entry import Entry
+from megatron_vlm.data.sets.evaluation import EVALUATION
 from megatron_vlm.data.sets.images import IMAGES
 from megatron_vlm.data.sets.tracking import TRACKING
 from megatron_vlm.data.sets.videos import VIDEOS
 
-TABLE: dict[str, Entry] = {**IMAGES, **VIDEOS, **TRACKING}
+TABLE: dict[str, Entry] = {**IMAGES, **VIDEOS, **TRACKING, **EVALUATION}
 
 
 def find(name: str) -> Entry:

@@ -62,6 +62,8 @@ def talk(*roles: str) -> list[Row]:
 
 
 QA = {"question": "What is it?", "answer": "A cat."}
+#: A mask of 40 x 60 pixels, columns 20 to 39 whole, as COCO writes it down.
+RUNS = {"size": [40, 60], "counts": [800, 800, 800]}
 PAIRS = {"question": ["What?", "Why?"], "explanation": ["It shows.", "So."], "answer": ["A bar.", "Because."]}
 
 #: By the data set's name, or by the start of it.
@@ -74,7 +76,8 @@ ROWS: dict[str, list[Row]] = {
         "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
         "count": 1, "collection_method": "pointing"}),
     "pixmo_points_eval": three(lambda i: {
-        "image_url": f"{WEB}eval{i}.jpg", "label": "Cup", "points": [{"x": 25.0, "y": 50.0}], "masks": []}),
+        "image_url": f"{WEB}eval{i}.jpg", "label": "Cup", "points": [{"x": 25.0, "y": 50.0}],
+        "masks": [[[True, False], [True, False]]]}),
     "pixmo_points_high_freq": three(lambda i: {
         "image_url": f"{WEB}{i // 2}.jpg", "image_sha256": "", "label": f"Cup {i}", "points": [{"x": 25.0, "y": 50.0}],
         "count": 1, "collection_method": "counting"}),
@@ -185,7 +188,6 @@ ROWS: dict[str, list[Row]] = {
                                "label_action_antonym_clip_text": "Closing a book"}),
     "news_video_qa": three(lambda i: {"uni_clipped_id": f"389x{i}", **QA}),
     "sportsqa_oe": three(lambda i: {"video": f"v{i}", **QA, "type": "x"}),
-    "motionbench": three(lambda i: {"video_path": f"v{i}.mp4", "motion_caption": "A hand waves."}),
     "moments_in_time": three(lambda i: {"video_path": f"running/{i}.mp4", "label": "running_fast"}),
     "kinetics": three(lambda i: {"label": "riding a bike", "youtube_id": f"y{i}", "time_start": "1", "time_end": "11"}),
     "activitynet_qa": three(lambda i: {"video_name": f"v{i}", **QA, "question_id": str(i)}),
@@ -203,6 +205,58 @@ ROWS: dict[str, list[Row]] = {
                                       "start_timestamp": "00:00:00.14", "stop_timestamp": "00:00:03.37"}),
     "qv_highlights": three(lambda i: {"qid": i, "query": "A dog runs", "duration": 150, "vid": f"v{i}_60.0_210.0",
                                       "relevant_windows": [[2, 10]], "saliency_scores": [[1, 2, 3]]}),
+    "molmo2_video_point_eval": three(lambda i: {
+        "video_id": f"v{i}", "video_source": "youtube", "video_duration": 20.0, "label": "Cup", "count": 1,
+        "two_fps_timestamps": [2.5], "points": [{"x": 30.0, "y": 10.0}],
+        "masks": [[{"frame_id": 5, "rle": RUNS}, {"frame_id": 6, "rle": RUNS}]]}),
+    "molmo2_video_count_eval": three(lambda i: {
+        "video_id": f"v{i}", "video_source": "youtube", "video_duration": 40.0, "category": "object", "label": "cup",
+        "count": i, "question": "How many cups are shown?", "clip_start": 10.0, "clip_end": 30.0}),
+    "molmo2_video_track_eval": three(lambda i: {
+        "id": f"t{i}", "video": f"v{i}", "clip": f"c{i}", "video_dataset": "sav", "exp": "the red car", "fps": 2,
+        "w": 60, "h": 40, "start_frame": 0, "end_frame": 3, "mask_id": ["0"],
+        "points": [{"object_id": "0", "points": [[30.0, 10.0], [31.0, 10.0], [], [33.0, 10.0]]}],
+        "masks": [{"object_id": "0", "masks": [RUNS, RUNS, None, RUNS]}]}),
+    "molmo2_cap_eval": three(lambda i: {
+        "video_id": f"v{i}", "source": "vimeo", "video_start": None, "video_end": None, "duration": 9.0,
+        "aggregated_caption": "A dog runs. It rains.", "atomic_statements": ["A dog runs", "It rains"],
+        "statement_categories": ["action", "scene"]}),
+    "countbench_qa": three(lambda i: {"image": embedded(), "text": "cups", "question": "How many cups?", "number": i}),
+    "real_world_qa": three(lambda i: {"image": embedded(), "question": "Which?\nA. left\nB. right", "answer": "B"}),
+    "mmmu": three(lambda i: {
+        "id": str(i), "question": "What does <image 1> show?", "options": "['a <image 2>', 'b']" if i else "[]",
+        "image_1": embedded(), "image_2": embedded(), "image_3": None, "answer": "B", "question_type": "x"}),
+    "muir_bench": three(lambda i: {"idx": i, "task": "Counting", "image_list": [embedded(), embedded()],
+                                   "question": "Is <image> like <image>?", "options": ["Yes", "No"], "answer": "B"}),
+    "blink": three(lambda i: {"idx": str(i), "image_1": embedded(), "image_2": embedded(), "image_3": None,
+                              "question": "Which?", "choices": ["first", "second"], "answer": "(A)", "prompt": "x"}),
+    "ai2d_test": three(lambda i: {"image": embedded(), "question": "Which?", "options": ["x", "y"], "answer": "1"}),
+    "coco_2014_vqa_test": three(lambda i: {
+        "image": embedded(), "question": "What?", "multiple_choice_answer": "cat",
+        "answers": [{"answer": word, "answer_id": n} for n, word in enumerate(["cat", "cat", "dog"])]}),
+    "mvbench": three(lambda i: {"video": f"v{i}.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}),
+    "tomato": three(lambda i: {"key": f"v{i}", "question": "What?", "options": ["x", "y"], "answer": 1,
+                               "demonstration_type": "human"}),
+    "motionbench": three(lambda i: {"video_path": f"v{i}.mp4", "qa": [
+        {"uid": str(i), "start": 0, "end": 3, "question": "Which?\nA. left\nB. right", "answer": "B"}]}),
+    "motionbench_train": three(lambda i: {"video_path": f"v{i}.mp4", "motion_caption": "A hand waves."}),
+    "temp_compass": three(lambda i: {"video_id": f"v{i}", "question": "Which?\nA. left\nB. right", "answer": "A. left",
+                                     "dim": "order"}),
+    "perception_test_val": three(lambda i: {"video_name": f"v{i}", "question": "What?", "options": ["x", "y", "z"],
+                                            "answer_id": "1"}),
+    "ego_schema": three(lambda i: {"video_idx": f"v{i}", "question_idx": i, "question": "What?",
+                                   "option": ["A. x", "B. y"], "answer": "1"}),
+    "nextqa_mc_test": three(lambda i: {"video": str(i), "question": "why", "qid": i, "answer": i,
+                                       **{k: v for k, v in choices(i).items() if k != "answer"}}),
+    "video_mme": three(lambda i: {"video_id": f"{i}", "videoID": f"v{i}", "duration": "short", "question": "What?",
+                                  "options": ["A. x.", "B. y."], "answer": "B", "question_id": str(i)}),
+    "long_video_bench": three(lambda i: {"video_path": f"v{i}.mp4", "question": "What?", "candidates": ["x", "y"],
+                                         "correct_choice": 1, "subtitle_path": "s.json"}),
+    "lvbench": three(lambda i: {"key": f"v{i}", "type": "cartoon", "video_info": {}, "qa": [
+        {"uid": str(i), "question": "What?\n(A) x\n(B) y", "answer": "B", "time_reference": "00:15-00:19"}]}),
+    "mlvu_mc": three(lambda i: {"video": f"v{i}.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}),
+    "video_eval_pro_mc": three(lambda i: {"video": f"v{i}.mp4", "question": "What?", "options": ["A. x", "B. y"],
+                                          "answer": "A", "answer_text": "x"}),
 }  # fmt: skip
 
 

@@ -1,0 +1,118 @@
+"""The table: sets that are for evaluation only, with what scoring needs. See entry.py for how to add a data set.
+
+Validation splits of the recipes' own sets (VQA v2, TextVQA, ChartQA, DocVQA, InfographicVQA, A-OKVQA, ScienceQA,
+PixMo-Count) are in images.py. Not read: MathVista (a language model reads its answers), PointBench, MMIU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_vlm.data.sets.entry import Entry
+from megatron_vlm.data.sets.questions import questions
+from megatron_vlm.data.sets.scored import (
+    choices,
+    masked_tracks,
+    masked_video_points,
+    numbers,
+    several_images,
+    stated_captions,
+    written_choices,
+)
+
+_TEST = {"test": "test"}
+_YOUTUBE = "the videos by their ids on YouTube"
+
+
+def _set(family: Any, by_hand: str = "", *, splits: dict[str, str] | None = None, **more: Any) -> Entry:
+    return Entry(family, splits=splits or _TEST, evaluation_only=True, by_hand=by_hand, **more)
+
+
+def _video_choices(by_hand: str, *, columns: dict[str, str] | None = None, path: str = "", **more: Any) -> Entry:
+    options = {"style": "video_multiple_choice"} | ({"path": path} if path else {})
+    return _set(choices, by_hand, columns=columns or {}, options=options | more.pop("options", {}), **more)
+
+
+MOLMO2_EVAL = {
+    "molmo2_video_point_eval": _set(
+        masked_video_points, f"{_YOUTUBE}, at 2 frames a second, and MammalNet's", hub="allenai/Molmo2-VideoPointEval",
+        splits={"test": "val"}, columns={"timestamps": "two_fps_timestamps", "video": "video_id"},
+        media="molmo2_video_point", verified="reader", unverified="the table of addresses",
+    ),
+    "molmo2_video_count_eval": _set(
+        numbers, f"{_YOUTUBE}, at 2 frames a second", hub="allenai/Molmo2-VideoCountEval", splits={"test": "val"},
+        columns={"start": "clip_start", "end": "clip_end"}, options={"style": "video_count"},
+        media="molmo2_video_point", verified="reader",
+    ),
+    "molmo2_video_track_eval": _set(
+        masked_tracks, "clips of APTv2, dancetrack, sportsmot, personpath22 and sav, as the repository says",
+        hub="allenai/Molmo2-VideoTrackEval", files=("*/{split}-*.parquet", "data/{split}-*.parquet"),
+        columns={"label": "exp", "width": "w", "height": "h"}, options={"path": "{video_dataset}/{clip}"},
+        verified="reader",
+    ),
+    "molmo2_cap_eval": _set(
+        stated_captions, "vimeo_videos.zip of the repository, unpacked into vimeo/ without `vimeo_` in the names; "
+        "BDD100K's and Ego4D's whole videos in bdd100k/ and ego4d/, named by their ids",
+        hub="allenai/Molmo2-CapEval",
+        columns={"statements": "atomic_statements", "caption": "aggregated_caption", "start": "video_start",
+                 "end": "video_end"},
+        options={"style": "video_long_caption", "path": "{source}/{video_id}"}, verified="reader",
+    ),
+}  # fmt: skip
+
+IMAGE_EVAL = {
+    "countbench_qa": _set(numbers, hub="vikhyatk/CountBenchQA", columns={"count": "number"},
+                          options={"style": "point_count"}, unverified="columns, as other programs read them"),
+    "real_world_qa": _set(written_choices, hub="xai-org/RealworldQA", options={"style": "eval_multiple_choice"},
+                          verified="reader"),
+    "mmmu": _set(several_images, hub="MMMU/MMMU", files=("*/validation-*.parquet",), one_tree=False,
+                 options={"style": "eval_multiple_choice"}, unverified="columns, as other programs read them"),
+    "muir_bench": _set(several_images, hub="MUIRBENCH/MUIRBENCH", one_tree=False, columns={"images": "image_list"},
+                       options={"style": "eval_multi_image_mc"}, verified="reader"),
+    "blink": _set(several_images, hub="BLINK-Benchmark/BLINK", files=("*/val-*.parquet",), one_tree=False,
+                  columns={"options": "choices"}, options={"style": "eval_multi_image_mc"},
+                  unverified="columns, as other programs read them"),
+    "ai2d_test": _set(choices, hub="lmms-lab/ai2d", options={"style": "ai2_diagram"},
+                      unverified="columns, as other programs read them"),
+    "coco_2014_vqa_test": _set(questions, hub="lmms-lab/VQAv2", files=("data/validation-*.parquet",),
+                               options={"style": "vqa2"}, unverified="columns, as other programs read them"),
+}  # fmt: skip
+
+VIDEO_EVAL = {
+    "mvbench": _video_choices("the videos of the repository's archives in one folder, whatever their task",
+                              hub="OpenGVLab/MVBench", files=("json/*.json",), columns={"options": "candidates"},
+                              verified="reader"),
+    "tomato": _video_choices("videos of https://github.com/yale-nlp/TOMATO", files=("*.json",),
+                             columns={"video": "key"}, path="{demonstration_type}/{video}", unverified="columns"),
+    "motionbench": _set(written_choices, "videos of the repository", hub="zai-org/MotionBench",
+                        files=("video_info.meta.jsonl",), explode="qa",
+                        columns={"video": "video_path", "start": "-", "end": "-"},
+                        options={"style": "video_multiple_choice"}, unverified="columns"),
+    "temp_compass": _set(written_choices, "videos.zip of the repository", hub="lmms-lab/TempCompass",
+                         files=("multi-choice/test-*.parquet",), columns={"video": "video_id"},
+                         options={"style": "video_multiple_choice"}, unverified="columns"),
+    "perception_test_val": _video_choices("https://github.com/google-deepmind/perception_test",
+                                          hub="lmms-lab/PerceptionTest_Val",
+                                          files=("mc_question_val/validation-*.parquet",),
+                                          columns={"video": "video_name", "answer": "answer_id"}, unverified="columns"),
+    "ego_schema": _video_choices("the archives of the repository", hub="lmms-lab/egoschema",
+                                 files=("Subset/test-*.parquet",),
+                                 columns={"video": "video_idx", "options": "option"}, verified="reader"),
+    "nextqa_mc_test": _video_choices("NExT-QA's videos", hub="lmms-lab/NExTQA", files=("MC/test-*.parquet",),
+                                     options={"options": ("a0", "a1", "a2", "a3", "a4")}, media="nextqa_mc",
+                                     verified="reader"),
+    "video_mme": _video_choices(_YOUTUBE, hub="lmms-lab/Video-MME", files=("videomme/test-*.parquet",),
+                                columns={"video": "videoID", "category": "duration"}, verified="reader"),
+    "long_video_bench": _video_choices("the archives of the repository; subtitles are not read",
+                                       hub="longvideobench/LongVideoBench", files=("lvb_val.json",),
+                                       columns={"video": "video_path", "options": "candidates",
+                                                "answer": "correct_choice"}, verified="reader"),
+    "lvbench": _set(written_choices, _YOUTUBE, hub="zai-org/LVBench", files=("video_info.meta.jsonl",), explode="qa",
+                    columns={"video": "key"}, options={"style": "video_multiple_choice"}, verified="reader"),
+    "mlvu_mc": _video_choices("the archives of the repository", hub="MLVU/MVLU", files=("MLVU/json/*.json",),
+                              columns={"options": "candidates"}, verified="reader", unverified="folders"),
+    "video_eval_pro_mc": _video_choices("the archives of the repository", hub="TIGER-Lab/VideoEval-Pro",
+                                        verified="reader"),
+}  # fmt: skip
+
+EVALUATION: dict[str, Entry] = {**MOLMO2_EVAL, **IMAGE_EVAL, **VIDEO_EVAL}

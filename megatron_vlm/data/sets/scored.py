@@ -1,0 +1,132 @@
+"""Families of sets for evaluation: rows that hold what scoring needs beside an answer. It goes into the sample's info:
+
+masks       {label: [[[at, height, width, run lengths], ...] of each object]}
+statements  what a caption should say, one thing each
+category    of the question, reported apart
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_vlm.data.example import Branch, Clip, Point, Points, Tracks, Turn
+from megatron_vlm.data.masks import packed
+from megatron_vlm.data.sets.draft import Draft
+from megatron_vlm.data.sets.places import inside, pairs
+from megatron_vlm.data.sets.questions import plain_choice
+from megatron_vlm.data.sets.row import Row
+
+#: Frames a second of Molmo2-VideoPointEval's masks.
+MASKS_PER_SECOND = 2
+_PLACEHOLDER = re.compile(r"<image(?: (\d+))?>")
+
+
+def masked_video_points(row: Row, *, style: str = "video_point_count", path: str = "") -> Iterator[Draft]:
+    """A place of `label` for each of `timestamps`: `points` [{x, y}] in pixels; `masks`, for each of them [{frame_id,
+    rle}] at MASKS_PER_SECOND. Asked for number and places."""
+    label = row.text("label")
+    times, objects = [float(time) for time in row.items("timestamps")], row.items("masks")
+    kept = [[[mask["frame_id"] / MASKS_PER_SECOND, *packed(mask["rle"])] for mask in frames] for frames in objects]
+    if not len(times) == len(kept) == len(row.items("points")):
+        raise ValueError(
+            f"{len(times)} times, {len(row.items('points'))} points and {len(kept)} masks: needed as many."
+        )
+    found = []
+    for time, (x, y), frames in zip(times, pairs(row, "points"), kept, strict=True):
+        if not frames:
+            raise ValueError(f"the place at {time} s has no mask.")
+        _, height, width, _ = frames[0]
+        found.append(inside(row, Point(time, x / width, y / height)))
+    question = f'How many "{label}" are there in the video?' if style.endswith("count") else label
+    branch = Branch(style, (Turn(question, Points(label, tuple(found))),))
+    yield Draft((branch,), row.media(path), info={"masks": {label: kept}})
+
+
+def masked_tracks(row: Row, *, rate: int = 1, path: str = "") -> Iterator[Draft]:
+    """Molmo2-VideoTrackEval's form: `points` [{object_id, points: [[x, y] or nothing for each frame]}] in pixels of a
+    video `width` x `height` at `fps`; `masks` [{object_id, masks: [run lengths or nothing for each frame]}]. Of both,
+    `rate` frames a second are kept. Rows whose fps is no multiple of it are left out."""
+    fps, width, height = row.number("fps"), row.number("width"), row.number("height")
+    if fps % rate:
+        return
+    step, label = int(fps // rate), row.text("label")
+    masks = {one["object_id"]: one["masks"] for one in row.items("masks")}
+    objects, kept = [], []
+    for one in row.items("points"):
+        frames = [(number, place) for number, place in enumerate(one["points"]) if place and number % step == 0]
+        if frames:
+            objects.append(tuple(inside(row, Point(n / fps, x / width, y / height)) for n, (x, y) in frames))
+            own = masks[one["object_id"]]
+            kept.append([[n / fps, *packed(own[n])] for n in range(0, len(own), step) if own[n]])
+    branch = Branch("video_point_track_per_frame", (Turn(label, Tracks(label, tuple(objects))),))
+    yield Draft((branch,), row.media(path), clip=Clip(rate=rate), info={"masks": {label: kept}})
+
+
+def stated_captions(row: Row, *, style: str, path: str = "") -> Iterator[Draft]:
+    """A `caption` with its `statements`."""
+    made = [str(one).strip() for one in row.items("statements")]
+    if not made:
+        raise row.bad("statements", row.get("statements"), "at least one statement")
+    branch = Branch(style, (Turn("", row.text("caption")),))
+    yield Draft((branch,), row.media(path), clip=row.clip(), info={"statements": made})
+
+
+def numbers(row: Row, *, style: str, question: str = "question", path: str = "") -> Iterator[Draft]:
+    """How many: a `question`, the `count`, and a `category` where the row has one."""
+    count = row.number("count")
+    if count < 0 or count != int(count):
+        raise row.bad("count", row.get("count"), "a number of things")
+    info = {"category": row.text("category")} if row.get("category") else {}
+    branch = Branch(style, (Turn(row.text(question), str(int(count))),))
+    yield Draft((branch,), row.media(path), clip=row.clip(), info=info)
+
+
+def several_images(row: Row, *, style: str, images: int = 8, path: str = "") -> Iterator[Draft]:
+    """A question about `image_1`, `image_2`, ... (or `images`) with `options` (a list, or one written as Python does),
+    and `answer`: letter, `(letter)` or text. `<image 2>`, and `<image>` in order, become `Image 2`. Without options,
+    an open question."""
+    single = [row.get(f"image_{number}") for number in range(1, images + 1)]
+    media = Row({"images": [image for image in single if image] or row.items("images")}).media(path)
+    options = row.get("options")
+    if isinstance(options, str):
+        try:
+            options = ast.literal_eval(options)
+        except (ValueError, SyntaxError):
+            raise row.bad("options", options, "a list") from None
+    question, *texts = _numbered([row.text("question"), *(str(option) for option in options or ())])
+    if not texts:
+        yield Draft((Branch(style, (Turn(question, row.text("answer")),)),), media)
+        return
+    turn = plain_choice(question, texts, row.text("answer"), row)
+    yield Draft((Branch(style, (turn,)),), media)
+
+
+def _numbered(texts: list[str]) -> list[str]:
+    seen = 0
+
+    def named(match: re.Match[str]) -> str:
+        nonlocal seen
+        seen += 1
+        return f"Image {match[1] or seen}"
+
+    return [_PLACEHOLDER.sub(named, text).strip() for text in texts]
+
+
+def choices(row: Row, *, style: str, options: tuple[str, ...] = (), path: str = "") -> Iterator[Draft]:
+    """A question about a video (or an image) with `options`, a list or the columns named by the parameter, in the plain
+    layout of benchmarks; `answer`: number, letter or text. Subtitles come along, a span cuts."""
+    texts = [str(one) for one in row.items("options")] or [row.text(name) for name in options if row.get(name)]
+    if len(texts) < 2:
+        raise row.bad("options", row.get("options"), "at least two options")
+    turn = plain_choice(row.text("question"), texts, row.get("answer"), row)
+    info: Mapping[str, Any] = {"category": row.text("category")} if row.get("category") else {}
+    yield Draft((Branch(style, (turn,)),), row.media(path), clip=row.clip(), info=dict(info))
+
+
+def written_choices(row: Row, *, style: str, path: str = "") -> Iterator[Draft]:
+    """A question whose options stand in its text, one a line; `answer`: the letter, or letter and text."""
+    branch = Branch(style, (Turn(row.text("question"), row.text("answer")),))
+    yield Draft((branch,), row.media(path), clip=row.clip())
