@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.serialization import get_default_save_common_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 
 from megatron_vlm.checkpoint import directory as names
 from megatron_vlm.checkpoint import record, sharded, unpickle, verify
@@ -24,34 +23,6 @@ from megatron_vlm.config.schema import CheckpointConfig, Config
 
 class SaveError(OSError):
     """A checkpoint could not be written. Those before it are as they were."""
-
-
-class Synchronous(SaveShardedStrategy):
-    """Megatron's torch_dist format, written by torch's own writer in this process.
-
-    Megatron's writer starts a manager process, which imports the main script again, and one process per file: seconds
-    for a model that is written in milliseconds.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """group: of all ranks, to plan over; None = the default group."""
-        super().__init__("torch_dist", 1)
-        self._group = group
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's share. Collective."""
-        flat, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_checkpoint.save(
-            torch_format.mcore_to_pyt_state_dict(flat, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=torch_format.MCoreSavePlanner(flatten_state_dict=False),
-            process_group=self._group,
-        )
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Objects go into the same files."""
-        return True
 
 
 def save(
@@ -97,19 +68,18 @@ def write(
             if rank == 0:
                 names.begin(directory, step)
         writing = names.writing_path(directory, step)
-        strategy = Synchronous(group)
         with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
-            # Megatron's dist_checkpointing.save is these four calls, but leaves the other ranks waiting where rank 0
-            # cannot write the common part.
+            # Megatron's dist_checkpointing.save is these four parts, but leaves the other ranks waiting where rank 0
+            # cannot write the common one (which Megatron-core 0.19 reads under this name, and would write elsewhere).
             tensors, common = save_preprocess(contents, validate_access_integrity=group is None)
             needed = _bytes(tensors, group)
             with together("writing the checkpoint", group):
-                get_default_save_common_strategy().save_common(common, writing)
                 if rank == 0:
-                    save_config(CheckpointingConfig(strategy.backend, strategy.version), str(writing))
+                    torch.save(common, writing / "common.pt")
+                    save_config(CheckpointingConfig("torch_dist", 1), str(writing))
                     for name, text in documents.items():
                         (writing / name).write_text(text, encoding="utf-8")
-            strategy.save(tensors, writing)
+            write_tensors(tensors, writing, group)
         _check_written(writing, step, group)
         with together("publishing the checkpoint", group):
             return names.publish(directory, step, kept) if rank == 0 else directory / names.name(step)
@@ -122,6 +92,21 @@ def write(
                 failed.add_note(names.room(directory, needed))
             raise failed from error
         raise
+
+
+def write_tensors(tensors: Any, directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Write this rank's share of a sharded state in Megatron's torch_dist format. Collective over `group`.
+
+    By torch's own writer in this process: Megatron's starts a manager process, which imports the main script again, and
+    one process per file: seconds for a model that is written in milliseconds.
+    """
+    flat, _, _ = torch_format._replace_state_dict_keys_with_sharded_keys(tensors, True)
+    torch_checkpoint.save(
+        torch_format.mcore_to_pyt_state_dict(flat, False),
+        storage_writer=torch_checkpoint.FileSystemWriter(directory),
+        planner=torch_format.MCoreSavePlanner(flatten_state_dict=False),
+        process_group=group,
+    )
 
 
 def _bytes(tensors: Any, group: dist.ProcessGroup | None) -> int:

@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.norm": ("auto", "torch", "apex", "transformer_engine"),
     "kernels.optimizer": ("auto", "torch", "apex", "transformer_engine"),
     "kernels.gradients": ("auto", "separate", "fused"),
+    "kernels.attention": ("auto", "blocks", "flex", "flash"),
     "guard.not_finite": ("stop", "skip", "rollback"),
     "guard.spike": ("off", "note", "stop", "skip", "rollback"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),

@@ -178,6 +178,10 @@ class KernelsConfig:
     gradients: str = "auto"
     """Weight gradients: fused (added to the float32 buffer inside the matrix product; needs apex's extension, or
     kernels.spec=transformer_engine) or separate."""
+    attention: str = "auto"
+    """blocks: torch's attention, piece by piece, on any device; flex: FlexAttention, compiled; flash: flash-attn for
+    rows of text alone and for the vision tower, flex for the others. auto: on CUDA flash if it is installed, else flex;
+    on a CPU blocks."""
 
 
 @dataclass(frozen=True)

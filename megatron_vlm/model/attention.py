@@ -1,26 +1,75 @@
 """Attention over packed rows: Megatron's `core_attention` slot with the mask rule of mask.py and context parallelism.
 
-Works example by example through the blocks of plan.py; there is no S x S tensor. Letters: s tokens in a row, t tokens
-in this context rank's chunk, b rows, h query heads and k key-value heads of this tensor-parallel rank, d numbers in a
-head.
+The work is done by one of three kernels (attention_kernels.py): `blocks`, here, example by example through the blocks
+of plan.py; flex.py; flash.py. None has an S x S tensor. Letters: s tokens in a row, t tokens in this context rank's
+chunk, b rows, h query heads and k key-value heads of this tensor-parallel rank, d numbers in a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_vlm.model import block_kernels, ring_attention
-from megatron_vlm.model.plan import Plan, Plans
+from megatron_vlm.model import block_kernels, flash, replicated, ring_attention
+from megatron_vlm.model.attention_kernels import AttentionKernels
+from megatron_vlm.model.flex import FlexRows
+from megatron_vlm.model.plan import ROWS, Plan, Plans
 from megatron_vlm.parallel import cpu
 from megatron_vlm.parallel.context import Exchange
 
+
+class Rows(Protocol):
+    """What some queries of a micro-batch's rows see, as a kernel wants to know it."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+    ) -> torch.Tensor:
+        """Query (q, b, h, d), key and value (s, b, k, d) -> (q, b, h, d); padding gives zeros."""
+
+
+class BlockRows:
+    """The same for `blocks`."""
+
+    def __init__(self, plans: list[Plan]):
+        self.plans = plans
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
+    ) -> torch.Tensor:
+        """See `attend`."""
+        return attend(query, key, value, self.plans, scale)
+
+
+class Kept:
+    """What was made of the marks of the micro-batches in flight, for the other layers, for backward and for recompute.
+
+    Found by where the marks lie: to read them would stop the host at every layer until the GPU has caught up. They are
+    kept with it, so no other tensor can lie there.
+    """
+
+    def __init__(self, rows: int = ROWS):
+        self._most = rows
+        self._kept: OrderedDict[tuple, tuple[torch.Tensor, Any]] = OrderedDict()
+
+    def of(self, marks: torch.Tensor, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gave for these marks, (5, b, s), and this key; made now if need be."""
+        place = (marks.data_ptr(), marks.shape, *key)
+        if place not in self._kept:
+            self._kept[place] = (marks, make())
+        self._kept.move_to_end(place)
+        while len(self._kept) > 1 and sum(each.shape[1] for each, _ in self._kept.values()) > self._most:
+            self._kept.popitem(last=False)
+        return self._kept[place][1]
+
+
 #: All layers see the same rows.
-_plans = Plans()
+_kept, _plans = Kept(), Plans()
 
 
 class PackedAttention(nn.Module):
@@ -32,11 +81,13 @@ class PackedAttention(nn.Module):
         layer_number: int,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        kernels: AttentionKernels | None = None,
         **unused: Any,
     ):
         super().__init__()
         assert pg_collection is not None, "the spec builds attention with process groups"
         self.scale = softmax_scale
+        self.kernels = kernels or AttentionKernels()
         # "p2p": Megatron's word for keys and values in turns.
         self.exchange = Exchange(*pg_collection.hcp, ring=config.cp_comm_type == "p2p")
 
@@ -55,13 +106,23 @@ class PackedAttention(nn.Module):
         tokens = attention_mask.shape[2]
         query, key, value = self.exchange.before(query, key, value, tokens)
         queries = self.exchange.queries(tokens)
-        plans = [_plans.of(attention_mask[:, row], *queries) for row in range(attention_mask.shape[1])]
+        rows = _kept.of(attention_mask, (queries, self.kernels), lambda: self._rows(attention_mask, *queries))
         if self.exchange.ring:
             counts = self.exchange.lines(tokens)
-            out = ring_attention.attend(query, key, value, plans, counts, self.exchange.keys, self.scale)
-        else:
-            out = attend(query, key, value, plans, self.scale)
+            out = ring_attention.attend(query, key, value, rows.plans, counts, self.exchange.keys, self.scale)
+        elif len(query):
+            out = rows.attend(query, key, value, self.scale)
+        else:  # fewer tokens than ranks
+            out = replicated.anchor(query, key, value)
         return self.exchange.after(out, tokens).flatten(2)
+
+    def _rows(self, marks: torch.Tensor, first: int, last: int) -> Rows:
+        """What the queries at [first, last) see; `flash` where all rows are plain."""
+        if self.kernels.images == "blocks":
+            return BlockRows([_plans.of(marks[:, row], first, last) for row in range(marks.shape[1])])
+        if self.kernels.plain == "flash" and flash.plain(marks):
+            return flash.FlashRows(marks, first, last)
+        return FlexRows(marks, first, last)
 
 
 def attend(
@@ -82,7 +143,8 @@ def _block_by_block(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plans: list[Plan], scale: float | None
 ) -> torch.Tensor:
     """The same blocks through torch's own attention, which picks a kernel for the device."""
-    out = torch.zeros_like(query)
+    # Tied to all three: a rank with nothing but padding takes part in the collectives of backward.
+    out = replicated.anchor(torch.zeros_like(query), query, key, value)
     for row, plan in enumerate(plans):
         for block in plan.blocks:
             q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)

@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.presets import architecture
 from megatron_vlm.config.schema import Config
-from megatron_vlm.model import kernels, state
+from megatron_vlm.model import attention_kernels, kernels, state
 from megatron_vlm.model.connector import build_connector
 from megatron_vlm.model.dropout import DropoutSettings
 from megatron_vlm.model.kernels import PartConfig
@@ -98,10 +98,10 @@ def _stage(
     first, last = chunk == 0, chunk == layout.chunks - 1
     vp_stage = virtual if layout.virtual_pipeline > 1 else None
     encoder = groups.encoder(layout)
-    train = config.train
+    train, attention = config.train, attention_kernels.of(config)
     return VlmModel(
         arch,
-        vision=VisionTower(arch.vision, arch.connector.taps, settings, encoder) if first else None,
+        vision=VisionTower(arch.vision, arch.connector.taps, settings, encoder, attention) if first else None,
         connector=build_connector(arch, settings, encoder) if first else None,
         language=Language(
             arch.language,
@@ -112,6 +112,7 @@ def _stage(
             pre_process=first,
             post_process=last,
             vp_stage=vp_stage,
+            attention=attention,
         ),
         groups=sharded,
         crop_group=groups.crops(layout),

@@ -8,6 +8,12 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from megatron_vlm.model import flash
+
+#: Batches of one call on CUDA, whose kernels count them in the dimension of their grid that ends at 65,535. A
+#: micro-batch of small windows has more.
+BATCHES = 32_768
+
 
 class FullAttention(nn.Module):
     """Megatron's `core_attention` slot with every key visible to every query.
@@ -31,19 +37,39 @@ class FullAttention(nn.Module):
         """(queries, batch, heads, size), keys and values alike -> (queries, batch, heads x size)."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         visible = None if attention_mask is None else attention_mask[:, None, None, :]
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=self.scale)
-        return out.permute(2, 0, 1, 3).flatten(2)
+        most = len(query) if query.device.type == "cpu" else BATCHES
+        return self._in_calls(query, key, value, visible, max(1, most)).permute(2, 0, 1, 3).flatten(2)
+
+    def _in_calls(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, most: int
+    ) -> torch.Tensor:
+        """Attention of (batch, heads, ...) tensors, `most` of the batch at a time."""
+        parts = []
+        for start in range(0, max(1, len(query)), most):
+            part = slice(start, start + most)
+            mask = None if visible is None else visible[part]
+            q, k, v = query[part], key[part], value[part]
+            parts.append(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class CropAttention(nn.Module):
     """The same slot for crops that stand one after the other in one sequence: each of `tokens` sees its own crop.
 
     One sequence, because Megatron's order (sequence before batch) would have every product copy what it reads.
+    kernel: torch or flash (attention_kernels.Kernels.crops).
     """
 
-    def __init__(self, config: TransformerConfig, tokens: int, softmax_scale: float | None = None, **unused: Any):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tokens: int,
+        softmax_scale: float | None = None,
+        kernel: str = "torch",
+        **unused: Any,
+    ):
         super().__init__()
-        self.tokens, self.scale = tokens, softmax_scale
+        self.tokens, self.scale, self.kernel = tokens, softmax_scale, kernel
 
     def forward(
         self,
@@ -54,6 +80,9 @@ class CropAttention(nn.Module):
         **unused: Any,
     ) -> torch.Tensor:
         """(crops x tokens, 1, heads, size), keys and values alike -> (crops x tokens, 1, heads x size)."""
+        if self.kernel == "flash":
+            out = flash.attend_crops(query[:, 0], key[:, 0], value[:, 0], self.tokens, self.scale)
+            return out.flatten(1)[:, None]
         crops = (x.unflatten(0, (-1, self.tokens))[:, :, 0].transpose(1, 2) for x in (query, key, value))
         out = nn.functional.scaled_dot_product_attention(*crops, scale=self.scale)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[:, None]

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_vlm.config.architecture import LanguageArchitecture
 from megatron_vlm.model import rotary
+from megatron_vlm.model.attention_kernels import AttentionKernels
 from megatron_vlm.model.dropout import DropoutSettings
 from megatron_vlm.model.linear import mark_sharded
 from megatron_vlm.model.norm import RMSNorm
@@ -63,6 +64,7 @@ class Language(MegatronModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        attention: AttentionKernels | None = None,
     ):
         """`layers`: decoder layers of this stage."""
         super().__init__(config)
@@ -71,7 +73,7 @@ class Language(MegatronModule):
         self.embedding = Embedding(arch, config, groups) if pre_process else None
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules([decoder_layer(arch, dropout)] * layers, RMSNorm),
+            TransformerBlockSubmodules([decoder_layer(arch, dropout, attention)] * layers, RMSNorm),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,

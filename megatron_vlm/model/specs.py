@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vlm.config.architecture import LanguageArchitecture
 from megatron_vlm.model.activation import SwiGlu
 from megatron_vlm.model.attention import PackedAttention
+from megatron_vlm.model.attention_kernels import AttentionKernels
 from megatron_vlm.model.dropout import BiasDropoutAdd, DropoutSettings
 from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_vlm.model.norm import RMSNorm
@@ -21,7 +22,9 @@ from megatron_vlm.model.rotary import NormedRotary, Rotary
 from megatron_vlm.parallel import context
 
 
-def decoder_layer(arch: LanguageArchitecture, dropout: DropoutSettings) -> ModuleSpec:
+def decoder_layer(
+    arch: LanguageArchitecture, dropout: DropoutSettings, attention: AttentionKernels | None = None
+) -> ModuleSpec:
     """A pre-norm decoder layer: attention under the mask rule, then SwiGLU."""
     add = ModuleSpec(module=BiasDropoutAdd, params={"settings": dropout})
     heads = NormedRotary if arch.qk_norm else Rotary
@@ -35,7 +38,7 @@ def decoder_layer(arch: LanguageArchitecture, dropout: DropoutSettings) -> Modul
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=PackedAttention,
+                    core_attention=ModuleSpec(module=PackedAttention, params={"kernels": attention}),
                     linear_proj=RowParallelLinear,
                     q_layernorm=heads,
                     k_layernorm=heads,

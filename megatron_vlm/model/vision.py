@@ -31,6 +31,7 @@ from torch import nn
 
 from megatron_vlm.config.architecture import VisionArchitecture
 from megatron_vlm.model import replicated
+from megatron_vlm.model.attention_kernels import AttentionKernels
 from megatron_vlm.model.full_attention import CropAttention
 from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_vlm.model.norm import LayerNorm
@@ -49,8 +50,11 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {"gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
-def layer_spec(tokens: int) -> ModuleSpec:
-    """A pre-norm layer: self-attention inside each crop of `tokens`, then a two-layer MLP, with biases."""
+def layer_spec(tokens: int, kernel: str) -> ModuleSpec:
+    """A pre-norm layer: self-attention inside each crop of `tokens`, then a two-layer MLP, with biases.
+
+    kernel: of CropAttention.
+    """
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -60,7 +64,7 @@ def layer_spec(tokens: int) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=ModuleSpec(module=CropAttention, params={"tokens": tokens}),
+                    core_attention=ModuleSpec(module=CropAttention, params={"tokens": tokens, "kernel": kernel}),
                     linear_proj=RowParallelLinear,
                 ),
             ),
@@ -89,6 +93,7 @@ class VisionTower(MegatronModule):
         taps: Sequence[int],
         settings: Mapping[str, Any],
         groups: ProcessGroupCollection,
+        attention: AttentionKernels | None = None,
     ):
         """`settings`: TransformerConfig arguments common to all parts; `groups`: groups.encoder's.
 
@@ -118,11 +123,12 @@ class VisionTower(MegatronModule):
         ends = sorted({tap + 1 for tap in taps}) or [depth]
         #: First layer of each block, and the layer after its last.
         self.cuts = tuple(zip([0, *ends[:-1]], ends, strict=True))
+        spec = layer_spec(tokens, (attention or AttentionKernels()).crops)
         post_norm = not taps and arch.post_norm
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 config,
-                TransformerBlockSubmodules([layer_spec(tokens)] * (end - start), LayerNorm if post_norm else None),
+                TransformerBlockSubmodules([spec] * (end - start), LayerNorm if post_norm else None),
                 post_layer_norm=post_norm,
                 pg_collection=groups,
             )

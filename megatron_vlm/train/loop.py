@@ -20,7 +20,7 @@ from megatron_vlm.checkpoint.saver import Saver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.faults import Fault
 from megatron_vlm.data.loader import Step as Fetched
-from megatron_vlm.model import kernels
+from megatron_vlm.model import attention_kernels, kernels
 from megatron_vlm.parallel import process
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.train import (
@@ -272,7 +272,7 @@ def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter |
     }
     made = Reporter(directory.prepare(config, start.step, facts), config, start.step)
     made.say(start.words)
-    for line in kernels.choose(config).reasons:
+    for line in (*kernels.choose(config).reasons, *attention_kernels.of(config).why):
         made.say(line)
     made.say(f"{layout.world} process(es) on {facts['device']}: {json.dumps(facts['layout'])}")
     return made

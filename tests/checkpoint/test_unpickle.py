@@ -91,13 +91,15 @@ def hostile_object(directory: Path, mark: Path, guarded: bool) -> bool:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedObject
 
-    from megatron_vlm.checkpoint.save import Synchronous
+    from megatron_vlm.checkpoint.save import write_tensors
 
     def entry(value: object) -> dict[str, ShardedObject]:
         return {"state": ShardedObject("layer._extra_state", value, (1,), (0,), replica_id=0)}
 
     directory.mkdir()
-    dist_checkpointing.save(entry(Touch(mark)), str(directory), Synchronous())
+    torch.save({}, directory / "common.pt")
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    write_tensors(entry(Touch(mark)), directory)
     if not guarded:
         dist_checkpointing.load(entry(None), str(directory))
         return mark.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,20 @@ def step(arch: Architecture, layout: Layout, parallel: dict, options: dict | Non
             for parameter in model.parameters():
                 parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
     return {"loss": total.item() if speaks else 0.0, "gradients": parts(models), "weights": weights}
+
+
+def step_with_flex(*args: Any) -> dict[str, Any]:
+    """`step` with FlexAttention in the decoder. torch has its backward in plain operators, and refuses it on a CPU."""
+    from torch.nn.attention import flex_attention
+
+    from megatron_vlm.model import attention_kernels
+
+    chosen = attention_kernels.AttentionKernels(images="flex", plain="flex")
+    with (
+        mock.patch.object(flex_attention, "_validate_device", lambda *_: None),
+        mock.patch.object(attention_kernels, "of", lambda _: chosen),
+    ):
+        return step(*args)
 
 
 def without_images(batch: Batch) -> Batch:

@@ -97,7 +97,21 @@ SLOW = (
 def test_one_step_equals_one_process(pool, case):
     arch, parallel, options, world = CASES[case]
     layout = Layout.of(tiny.config(arch, parallel=parallel), world)
-    ranks = pool(world).run(layouts.step, arch, layout, parallel, options)
+    compare(pool, case, pool(world).run(layouts.step, arch, layout, parallel, options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["cp4_gather", "pp2_vpp2_dropout", "tp2_cp2_sp_selective"])
+def test_one_step_with_flex_attention_equals_one_process_without(pool, case):
+    """A row's queries dealt to ranks by heads and by place; micro-batches in flight; recomputed layers."""
+    arch, parallel, options, world = CASES[case]
+    layout = Layout.of(tiny.config(arch, parallel=parallel), world)
+    compare(pool, case, pool(world).run(layouts.step_with_flex, arch, layout, parallel, options))
+
+
+def compare(pool, case, ranks):
+    """What the ranks of a case did against one process."""
+    arch, _, options, _ = CASES[case]
     # The reference neither recomputes nor shards.
     alone = reference(pool, arch, tuple(sorted((k, v) for k, v in options.items() if k != "recompute")))
     weights = layouts.assemble(ranks, "weights")
