@@ -138,7 +138,8 @@ class Run:
         self._share, self._folder = states.share(layout), directory.path(config)
         loader, self._pulse = self.state.loader, Pulse()
         self._stepper = Stepper(self.state.models, self.state.optimizer, config, loader.sources, self._pulse)
-        self._reporter = _reporter(config, layout, start)
+        with together("preparing the run directory"):
+            self._reporter = None if dist.get_rank() else _reporter(config, layout, start)
         self._saver = Saver(directory.checkpoints(config), config)
         self._saved, self._save_wait_s = start.step, 0.0
         self._watchdog(watched)
@@ -259,10 +260,8 @@ class Run:
         return early
 
 
-def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter | None:
-    """On rank 0: the run directory made ready, its first line said."""
-    if dist.get_rank():
-        return None
+def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter:
+    """The run directory made ready, its first line said. For rank 0."""
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     facts = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),

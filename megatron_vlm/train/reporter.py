@@ -35,27 +35,32 @@ class Reporter:
     def __init__(self, folder: Path, config: Config, start: int, out: TextIO | None = None):
         """`start`: the step that the run goes on from; 0 = a new run."""
         self.config, self.out = config, out or sys.stdout
-        self._open(folder)
+        self._folder, self._start, self._began = folder, start, time.monotonic()
+        self._open(start)
+        self._wandb = _wandb(folder, config) if config.log.wandb else None
+
+    def _open(self, start: int) -> None:
+        self._metrics = open(self._folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._ledger = open(self._folder / "ledger.jsonl", "a", encoding="utf-8")
         self._board: Any = None
-        if config.log.tensorboard:
+        if self.config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
 
             # purge_step: events after the checkpoint belong to the run that was cut off.
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
-        self._wandb = _wandb(folder, config) if config.log.wandb else None
-        self._folder, self._start, self._began = folder, start, time.monotonic()
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1, flush_secs=10)
 
-    def _open(self, folder: Path) -> None:
-        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
-        self._ledger = open(folder / "ledger.jsonl", "a", encoding="utf-8")
+    def _close(self) -> None:
+        self._metrics.close()
+        self._ledger.close()
+        if self._board is not None:
+            self._board.close()
 
     def back_to(self, step: int) -> None:
         """The run goes on from an earlier step: set the lines after it aside."""
-        for file in (self._metrics, self._ledger):
-            file.close()
+        self._close()
         for name in directory.LOGS:
             directory.cut(self._folder / name, step)
-        self._open(self._folder)
+        self._open(step)
 
     def step(self, record: Record, ledger: Record) -> None:
         """One training step: `record` for metrics.jsonl, with its step and `ledger` for ledger.jsonl."""
@@ -64,9 +69,7 @@ class Reporter:
             file.write(json.dumps(_finite(line)) + "\n")
             file.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(_tag(name), value, step)
+            self._board.file_writer.add_summary(_scalars(record), step)
         if self._wandb is not None:
             # Its own step counter never goes back; ours does, after a resume or a rollback.
             self._wandb.log(
@@ -97,10 +100,7 @@ class Reporter:
 
     def close(self) -> None:
         """Finish the files."""
-        self._metrics.close()
-        self._ledger.close()
-        if self._board is not None:
-            self._board.close()
+        self._close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -122,18 +122,24 @@ class Reporter:
 
 
 def _wandb(folder: Path, config: Config) -> Any:
-    """A run of Weights & Biases; the same one when the run goes on."""
+    """A run of Weights & Biases; the same one when the run goes on. Raises ValueError where it does not start."""
     import wandb  # not a requirement
 
     known = folder / "wandb_id"
-    run = wandb.init(
-        project=config.log.wandb,
-        name=folder.name,
-        dir=str(folder),
-        config=load.to_dict(config),
-        id=known.read_text(encoding="utf-8").strip() if known.exists() else None,
-        resume="allow",
-    )
+    try:
+        run = wandb.init(
+            project=config.log.wandb,
+            name=folder.name,
+            dir=str(folder),
+            config=load.to_dict(config),
+            id=known.read_text(encoding="utf-8").strip() if known.exists() else None,
+            resume="allow",
+        )
+    except wandb.errors.Error as error:  # no key, no network
+        raise ValueError(
+            f"log.wandb={config.log.wandb!r}, but Weights & Biases does not start: {error} Log in; or set "
+            "WANDB_MODE=offline, and send the run later with `wandb sync`; or leave log.wandb empty."
+        ) from error
     known.write_text(f"{run.id}\n", encoding="utf-8")
     run.define_metric("*", step_metric="step")
     return run
@@ -157,6 +163,18 @@ def _main_scores(record: Record) -> Record:
         if name.startswith("task/") and not name.endswith("/not_scored"):
             tasks.setdefault(name.split("/")[1], name)
     return {name: record[name] for name in tasks.values()}
+
+
+def _scalars(record: Record) -> Any:
+    """All numbers of a step as one event: one each would take TensorBoard ten times as long."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    numbers = {
+        name: value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+    return Summary(value=[Summary.Value(tag=_tag(name), simple_value=value) for name, value in numbers.items()])
 
 
 def _tag(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import pytest
@@ -62,35 +61,6 @@ def test_pairs_are_those_that_the_mask_allows():
             found = places(row)
             counted += int(visible(Places(*(x[:, None] for x in found)), Places(*(x[None] for x in found))).sum())
         assert work_of(batch).pairs == counted > 0
-
-
-def test_weights_and_biases_gets_every_step_and_the_same_run_again(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
-    from megatron_vlm.config.schema import Config, LogConfig
-    from megatron_vlm.train import reporter as reporters
-
-    config = Config(log=LogConfig(tensorboard=False, wandb="project"))
-    with pytest.raises(ValueError, match="log.wandb='project', but the package wandb is not installed"):
-        reporters.check(config)
-    started: list[dict] = []
-    logged: list[dict] = []
-
-    def init(**settings):
-        started.append(settings)
-        return SimpleNamespace(
-            id=settings["id"] or "new", define_metric=lambda *_, **__: None, log=logged.append, finish=lambda: None
-        )
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    record = {"step": 3, "loss": float("nan"), "lr_vision": 0.1, "grad_norm": 1.0, "lr_language": 0.1,
-              "useful_tokens": 1, "step_time_s": 1.0, "data_wait_s": 0.0}  # fmt: skip
-    for start in (0, 2):
-        reporter = reporters.Reporter(tmp_path, config, start)
-        reporter.step(record, {})
-        reporter.close()
-    assert [settings["id"] for settings in started] == [None, "new"] and started[0]["project"] == "project"
-    assert logged[0]["step"] == 3 and logged[0]["lr/lr_vision"] == 0.1 and logged[0]["loss/loss"] is None
 
 
 def test_a_straggler_is_named_with_what_it_does():
