@@ -1,19 +1,31 @@
-"""A chart of numbers over steps as inline SVG: a few hundred points a line, labelled axes, no script, no library."""
+"""Numbers over steps -> a chart as inline SVG, drawn by pygal: what is left out, what is averaged, where axes end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import numpy as np
+import pygal
+from pygal.style import Style
 
 #: Colours of the metrics in a chart, distinct also for the colour-blind (Okabe and Ito), on light and dark.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#7f7f7f")
 WIDTH, HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 10, 26
 #: Points of a drawn line; longer ones become means of neighbours.
 _POINTS = 300
 #: Share of the lowest and highest values that may lie outside, so that one spike does not flatten the rest.
 _OUTLIERS = 0.005
+#: Alpha of single values behind their running means.
+_FAINT = "40"
+_STYLE = {
+    "background": "transparent", "plot_background": "transparent", "foreground": "currentColor",
+    "foreground_strong": "currentColor", "foreground_subtle": "#8886", "guide_stroke_color": "#8886",
+    "major_guide_stroke_color": "#8886", "guide_stroke_dasharray": "0", "major_guide_stroke_dasharray": "0",
+    "font_family": "inherit", "label_font_size": 12, "major_label_font_size": 12, "opacity": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,46 +40,45 @@ class Line:
     """Draw running means in front of the faint values."""
 
 
-def chart(lines: Sequence[Line], log: bool = False) -> str:
-    """The SVG. Values that a logarithmic scale cannot show (0 and less) are left out."""
-    shown = [
-        Line([(x, y) for x, y in line.points if math.isfinite(y) and (y > 0 or not log)], *_looks(line))
-        for line in lines
-    ]
-    values = sorted(y for line in shown for _, y in line.points)
-    if not values:
-        return "<svg></svg>"
-    low, high = _range(values, log)
-    steps = [x for line in shown for x, _ in line.points]
-    first, last = min(steps), max(steps)
+def chart(lines: Sequence[Line], log: bool = False, name: str = "chart") -> str:
+    """The SVG. Values that a logarithmic scale cannot show (0 and less) are left out.
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / (last - first) if last > first else 0.5
-        y = min(max(y, low), high)
-        up = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
-        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" fill="currentColor" role="img">']
-    for tick in _log_ticks(low, high) if log else _ticks(low, high):
-        _, y = place(first, tick)
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}" stroke="currentColor" opacity=".15"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
-    for tick in _ticks(first, last) if last > first else [first]:
-        if tick == int(tick):
-            x, _ = place(tick, low)
-            anchor = "end" if x > WIDTH - 40 else "middle"
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{int(tick):,}</text>')
-    for line in shown:
-        points = _thin(line.points)
+    name: an id that no other chart of the page has.
+    """
+    drawn: list[tuple[str, bool, list[tuple[float, float]]]] = []
+    values: list[float] = []
+    for line in lines:
+        points = [(x, y) for x, y in line.points if math.isfinite(y) and (y > 0 or not log)]
+        values += [y for _, y in points]
+        thinned = _thin(points)
         if line.smooth:
-            parts.append(_path([place(*p) for p in points], line, faint=True))
-            points = _running(points)
-        parts.append(_path([place(*p) for p in points], line))
-    return "".join(parts) + "</svg>"
+            drawn.append((line.color + _FAINT, False, thinned))
+            thinned = _running(thinned)
+        drawn.append((line.color, line.dashed, thinned))
+    if not values:
+        return ""
+    low, high = _range(sorted(values), log)
+    plot = pygal.XY(
+        style=Style(**_STYLE, colors=tuple(color for color, _, _ in drawn)),
+        width=WIDTH, height=HEIGHT, margin=6, js=[], show_legend=False, show_dots=False, logarithmic=log,
+        range=(low, high), x_value_formatter=_step, value_formatter=_label, show_x_guides=False,
+    )  # fmt: skip
+    plot.uuid = name
+    for color, dashed, points in drawn:
+        stroke = {"width": 1 if color.endswith(_FAINT) else 1.8} | ({"dasharray": "5, 3"} if dashed else {})
+        inside = [(x, min(max(y, low), high)) for x, y in points]
+        plot.add(None, inside, stroke_style=stroke, show_dots=len(inside) == 1)
+    return _plain(plot.render_tree())
 
 
-def _looks(line: Line) -> tuple[str, bool, bool]:
-    return line.color, line.dashed, line.smooth
+def _plain(svg: ElementTree.Element) -> str:
+    """Without what a page needs no copy of: comments, the namespace, and a script that nothing here calls."""
+    for parent in list(svg.iter()):
+        for child in list(parent):
+            if not isinstance(child.tag, str) or child.tag == "script":
+                parent.remove(child)
+    svg.attrib.pop("xmlns", None)
+    return ElementTree.tostring(svg, encoding="unicode")
 
 
 def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
@@ -80,51 +91,24 @@ def _range(values: Sequence[float], log: bool) -> tuple[float, float]:
     return (0.0 if 0 <= low <= 0.3 * high else low - room), high + room
 
 
-def _path(places: Sequence[tuple[float, float]], line: Line, faint: bool = False) -> str:
-    if len(places) == 1:
-        return f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{line.color}"/>'
-    way = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    dashes = ' stroke-dasharray="5 3"' if line.dashed and not faint else ""
-    width, opacity = (1, ' opacity=".25"') if faint else (1.8, "")
-    return f'<path d="{way}" fill="none" stroke="{line.color}" stroke-width="{width}"{dashes}{opacity}/>'
-
-
 def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     """At most _POINTS points: means of equal groups of neighbours."""
-    size = -(-len(points) // _POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    groups = np.array_split(np.array(points, dtype=np.float64).reshape(-1, 2), max(1, min(_POINTS, len(points))))
+    return [(float(group[:, 0].mean()), float(group[:, 1].mean())) for group in groups if len(group)]
 
 
 def _running(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Means over a twentieth of the line around each point."""
     reach = max(1, len(points) // 40)
-    found = []
-    for index, (x, _) in enumerate(points):
-        near = points[max(0, index - reach) : index + reach + 1]
-        found.append((x, sum(y for _, y in near) / len(near)))
-    return found
+    values = [y for _, y in points]
+    return [(x, float(np.mean(values[max(0, i - reach) : i + reach + 1]))) for i, (x, _) in enumerate(points)]
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers in between."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
-    start = math.ceil(low / step - 1e-9)
-    return [round(index * step, 12) for index in range(start, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with 2 and 5 of them where there are few; in a narrow range round numbers as on any axis."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1,) if len(powers) > 5 else (1, 2, 5)
-    ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
-    return ticks if len(ticks) > 2 else _ticks(low, high)
+def _step(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _label(value: float) -> str:
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        text = f"{value:.2g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
-        return text
+        return f"{value:.2g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
     return f"{value:,.6g}"
