@@ -40,6 +40,7 @@ setup(
         "tensorboard>=2.18",
         "tqdm>=4.66",
         "psutil>=6",
+        "pygal>=3.1",  # charts of tools/report.py: SVG without a script, pure Python
         "rich>=13",  # tables and bars of tools/plan.py
         # Downloads of media: connections that can be checked before anything is sent, and tries with growing waits.
         "urllib3>=2.2,<3",

@@ -10,14 +10,15 @@ guards saw, checkpoints, settings and environment. Also for a run that is still 
 from __future__ import annotations
 
 import argparse
-import html
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from megatron_vlm.checkpoint import directory as names
@@ -28,6 +29,7 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
     ("Loss", "nats", ("loss", "eval_loss"), True),
     ("Loss per data set", "nats", ("loss/*",), True),
     ("Held-out loss per data set", "nats", ("eval_loss/*",), True),
+    ("Scores of tasks", "", ("task/*",), False),
     ("Learning rates", "", ("lr_*",), False),
     ("Gradient norms before clipping", "", ("grad_norm*",), True),
     ("Tokens", "per second", ("useful_tokens_per_s", "image_tokens_per_s"), False),
@@ -38,22 +40,11 @@ CHARTS: tuple[tuple[str, str, tuple[str, ...], bool], ...] = (
 )
 #: A metric with more steps is drawn as running means too.
 _SMOOTH_FROM = 200
+#: Beginnings of metrics that not every step has.
+_SOMETIMES = ("eval_", "task/")
 #: But not these: they have no noise, and their corners matter.
-_EXACT = ("lr_", "skipped_", "spikes", "rollbacks", "eval_")
-STYLE = """
-:root{color-scheme:light dark;--line:#8884;--dim:#777}
-body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:1.5rem auto;padding:0 1rem}
-h1{font-size:1.4rem;margin:0 0 .3rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(34rem,100%),1fr));gap:1.2rem 1.5rem}
-figure{margin:0;min-width:0}figcaption{font-weight:600}figcaption small{color:var(--dim);font-weight:400}
-svg{width:100%;height:auto;display:block}
-.legend{display:flex;flex-wrap:wrap;gap:.1rem 1rem;font-size:.85rem}
-.legend i{display:inline-block;width:1.2em;border-top:3px solid;margin-right:.35em;vertical-align:middle}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .9rem .2rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-td.n,th.n{text-align:right}.wide{overflow-x:auto}.warn{color:#c0392b}.dim{color:var(--dim)}
-summary{cursor:pointer;margin:.6rem 0}pre{overflow-x:auto;font-size:.8rem;border:1px solid var(--line);padding:.6rem}
-"""
+_EXACT = ("lr_", "skipped_", "spikes", "rollbacks", *_SOMETIMES)
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
 
 
 @dataclass(frozen=True)
@@ -72,6 +63,12 @@ class Run:
     """Name and bytes."""
     stragglers: list[dict[str, Any]]
     """Where the time of the ranks went, by logging interval."""
+
+    @property
+    def planned(self) -> Any:
+        """Steps of the whole run, where its settings say so."""
+        train = self.config.get("train")
+        return train.get("steps") if isinstance(train, dict) else None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -151,57 +148,55 @@ def _document(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole page."""
-    title = " and ".join(run.name for run in runs)
-    parts = [
-        f"<title>{_text(title)}</title><style>{STYLE}</style><h1>{_text(title)}</h1>",
-        "".join(f"<p>{_state(run)}</p>" for run in runs),
-        _summary(runs),
-        '<h2>Curves</h2><div class="charts">',
-        *(_figure(runs, *each) for each in CHARTS),
-        "</div>",
-        _guards(runs),
-        _stragglers(runs),
-        _checkpoints(runs),
-        _settings(runs),
-        "<h2>Environment</h2>",
-        _table(runs, [_flat(run.environment) for run in runs], only_changes=False),
-    ]
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return head + "\n".join(parts) + "</html>\n"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    """The whole page. Whatever stands in a run's files is text there: the template escapes it."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {
+        "shown": _number,
+        "cell": _cell,
+        "yaml": lambda value: yaml.safe_dump(value, sort_keys=False),
+    }
+    every = [_flat(run.config) for run in runs]
+    slowest, phases = _slowest(runs)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=" and ".join(run.name for run in runs),
+        names=[run.name for run in runs],
+        numbers=range(1, 1 + len(runs)),
+        runs=runs,
+        summary=_summary(runs),
+        figures=[figure for number, each in enumerate(CHARTS) if (figure := _figure(runs, *each, f"chart{number}"))],
+        guards=[
+            [run.name, *(event.get(name) for name in ("step", "words", "policy", "dump", "time"))]
+            for run in runs
+            for event in run.events
+        ],
+        slowest=slowest,
+        phases=phases,
+        checkpoints=[[run.name, name, size / 1e6] for run in runs for name, size in run.checkpoints],
+        changed=[row for row in _rows(every) if row[1] != row[-1]],
+        environment=_rows([_flat(run.environment) for run in runs]),
+    )
 
 
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value is None else _text(value)
+        return _cell(value)
     if isinstance(value, int) or (abs(value) >= 1000 and abs(value) < 1e12):
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
-def _state(run: Run) -> str:
-    steps = run.config.get("train", {}).get("steps") if isinstance(run.config.get("train"), dict) else None
-    words = f"<b>{_text(run.name)}</b>: step {run.steps[-1]['step']:,}" + (f" of {steps:,}" if steps else "")
-    outcome = run.ending.get("outcome")
-    kind = ' class="warn"' if outcome == "failed" else ""
-    words += f", <span{kind}>{_text(outcome)}: {_text(run.ending.get('reason'))}</span>" if outcome else ", not ended"
-    started = run.environment.get("started")
-    words += f" <span class=dim>started {_text(started)}</span>" if started else ""
-    if run.cut:
-        words += f' <span class="warn">{run.cut} line(s) of metrics.jsonl are cut off and left out</span>'
-    return words
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "–" if value is None else str(value)
 
 
-def _summary(runs: Sequence[Run]) -> str:
-    """Figures over the whole of each run."""
-    rows: list[tuple[str, list[Any]]] = []
+def _summary(runs: Sequence[Run]) -> list[list[Any]]:
+    """Figures over the whole of each run: name, then a value for each."""
+    rows: list[list[Any]] = []
 
     def row(name: str, value: Any) -> None:
-        rows.append((name, [value(run.steps) for run in runs]))
+        rows.append([name, *(value(run.steps) for run in runs)])
 
     row("loss, mean of the last 20 steps", lambda steps: _mean(_values(steps[-20:], "loss")))
     row("held-out loss, last", lambda steps: (_values(steps, "eval_loss") or [None])[-1])
@@ -212,16 +207,11 @@ def _summary(runs: Sequence[Run]) -> str:
     row("time in steps, minutes", lambda steps: sum(_values(steps, "step_time_s")) / 60)
     row("share of it waiting for data, %", lambda steps: _percent(_rate(steps, "data_wait_s")))
     row("fill of the rows, %", lambda steps: _percent(_mean(_values(steps, "fill"))))
-    rows.append(("most memory of a rank, GB", [_last_memory(run) for run in runs]))
+    rows.append(["most memory of a rank, GB", *(_last_memory(run) for run in runs)])
     row("MFU, %", lambda steps: _percent(_mean(_values(steps, "mfu"))))
     for name in ("skipped_steps", "skipped_samples", "spikes", "rollbacks"):
         row(name.replace("_", " "), lambda steps, name=name: (_values(steps, name) or [None])[-1])
-    head = "".join(f"<th class=n>{_text(run.name)}</th>" for run in runs)
-    body = "".join(
-        f"<tr><td>{_text(name)}</td>" + "".join(f"<td class=n>{_number(value)}</td>" for value in values) + "</tr>"
-        for name, values in rows
-    )
-    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+    return rows
 
 
 def _last_memory(run: Run) -> Any:
@@ -246,56 +236,36 @@ def _rate(steps: Sequence[dict[str, Any]], name: str) -> float | None:
     return sum(_values(steps, name)) / time_s if time_s else None
 
 
-def _figure(runs: Sequence[Run], title: str, unit: str, wanted: tuple[str, ...], log: bool) -> str:
-    """One chart with its legend; nothing where no run has such numbers. Colour = metric, dashes = the second run."""
-    known = dict.fromkeys(name for run in runs for step in (run.steps[0], run.steps[-1]) for name in step)
-    known |= dict.fromkeys(name for run in runs for step in run.steps for name in step if name.startswith("eval_"))
-    found = [
-        name for pattern in wanted for name in known if name == pattern or pattern[-1] == "*" and _fits(name, pattern)
-    ]
+def _figure(
+    runs: Sequence[Run], title: str, unit: str, wanted: tuple[str, ...], log: bool, name: str
+) -> dict[str, Any] | None:
+    """One chart with its legend; None where no run has such numbers. Colour = metric, dashes = the second run."""
     lines, legend = [], []
-    for index, name in enumerate(found):
+    for index, metric in enumerate(_found(runs, wanted)):
         color = COLORS[index % len(COLORS)]
-        shown, noisy = False, not name.startswith(_EXACT)
+        drawn, noisy = len(lines), not metric.startswith(_EXACT)
         for dashed, run in enumerate(runs):
-            points = [(step["step"], step[name]) for step in run.steps if _values([step], name)]
+            points = [(step["step"], step[metric]) for step in run.steps if _values([step], metric)]
             if not points or title.startswith("Skipped") and not any(value for _, value in points):
                 continue
-            shown = True
             lines.append(Line(points, color, bool(dashed), noisy and len(points) >= _SMOOTH_FROM))
-        if shown:
-            label = name.split("/", 1)[-1] if "/" in name else name.replace("eval_", "held-out ").replace("_", " ")
-            legend.append(f'<span><i style="border-color:{color}"></i>{_text(label)}</span>')
-    if not lines:
-        return ""
-    if len(runs) > 1:
-        legend.append(f"<span class=dim>solid {_text(runs[0].name)}, dashed {_text(runs[1].name)}</span>")
-    caption = f"{_text(title)} <small>{_text(', '.join(filter(None, (unit, 'logarithmic' if log else ''))))}</small>"
-    return (
-        f"<figure><figcaption>{caption}</figcaption>{chart(lines, log)}"
-        f'<div class="legend">{"".join(legend)}</div></figure>'
-    )
+        if len(lines) > drawn:
+            short = metric.split("/", 1)[-1] if "/" in metric else metric.replace("eval_", "held-out ")
+            legend.append((color, short if "/" in metric else short.replace("_", " ")))
+    svg = chart(lines, log, name)
+    unit = ", ".join(filter(None, (unit, "logarithmic" if log else "")))
+    return {"title": title, "unit": unit, "svg": svg, "legend": legend} if svg else None
 
 
-def _fits(name: str, pattern: str) -> bool:
-    return name.startswith(pattern[:-1])
+def _found(runs: Sequence[Run], wanted: tuple[str, ...]) -> list[str]:
+    """The metrics that `wanted` means, of those that the runs have."""
+    known = dict.fromkeys(name for run in runs for step in (run.steps[0], run.steps[-1]) for name in step)
+    known |= dict.fromkeys(name for run in runs for step in run.steps for name in step if name.startswith(_SOMETIMES))
+    found = [name for pattern in wanted for name in known if fnmatchcase(name, pattern)]
+    return [name for name in found if not name.endswith("/not_scored")]
 
 
-def _guards(runs: Sequence[Run]) -> str:
-    rows = [
-        f"<tr><td>{_text(run.name)}</td><td class=n>{_number(event.get('step'))}</td>"
-        f"<td>{_text(event.get('words'))}</td><td>{_text(event.get('policy'))}</td>"
-        f"<td>{_text(event.get('dump') or '–')}</td><td class=dim>{_text(event.get('time'))}</td></tr>"
-        for run in runs
-        for event in run.events
-    ]
-    if not rows:
-        return "<h2>Guards</h2><p>No guard has fired.</p>"
-    head = "<tr><th>run</th><th class=n>step</th><th>what</th><th>policy</th><th>dump</th><th>time</th></tr>"
-    return f'<h2>Guards</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
-
-
-def _stragglers(runs: Sequence[Run]) -> str:
+def _slowest(runs: Sequence[Run]) -> tuple[list[list[Any]], list[str]]:
     """Seconds of each phase in the last interval: the median rank, and the ranks with most work of their own."""
     rows, phases = [], []
     for run in runs:
@@ -306,60 +276,14 @@ def _stragglers(runs: Sequence[Run]) -> str:
         phases = phases or list(median)
         named = [(f"rank {each.get('rank')}", each) for each in slowest if isinstance(each, dict)]
         for name, times in [(f"median of {last.get('ranks')} rank(s)", median), *named]:
-            cells = "".join(f"<td class=n>{_number(times.get(phase))}</td>" for phase in phases)
-            rows.append(f"<tr><td>{_text(run.name)}</td><td>{_text(name)}</td>{cells}</tr>")
-    if not rows:
-        return ""
-    head = "<tr><th>run</th><th>rank</th>" + "".join(f"<th class=n>{_text(phase)}</th>" for phase in phases) + "</tr>"
-    return (
-        "<h2>Slowest ranks</h2><p class=dim>Seconds in each phase since the progress line before the last; who is fast "
-        f'waits in the others.</p><div class="wide"><table>{head}{"".join(rows)}</table></div>'
-    )
+            rows.append([run.name, name, *(times.get(phase) for phase in phases)])
+    return rows, phases
 
 
-def _checkpoints(runs: Sequence[Run]) -> str:
-    rows = [
-        f"<tr><td>{_text(run.name)}</td><td>{_text(name)}</td><td class=n>{size / 1e6:,.1f}</td></tr>"
-        for run in runs
-        for name, size in run.checkpoints
-    ]
-    if not rows:
-        return "<h2>Checkpoints</h2><p>None yet.</p>"
-    head = "<tr><th>run</th><th>checkpoint</th><th class=n>MB</th></tr>"
-    return f"<h2>Checkpoints</h2><table>{head}{''.join(rows)}</table>"
-
-
-def _settings(runs: Sequence[Run]) -> str:
-    flat = [_flat(run.config) for run in runs]
-    every = "".join(
-        f"<details><summary>All settings of {_text(run.name)}</summary>"
-        f"<pre>{_text(yaml.safe_dump(run.config, sort_keys=False))}</pre></details>"
-        for run in runs
-    )
-    if len(runs) == 1:
-        return f"<h2>Settings</h2>{every}"
-    return f"<h2>Settings that differ</h2>{_table(runs, flat, only_changes=True)}{every}"
-
-
-def _table(runs: Sequence[Run], columns: Sequence[dict[str, Any]], *, only_changes: bool) -> str:
+def _rows(columns: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """Dictionaries side by side: key, then a value of each."""
     keys = dict.fromkeys(key for column in columns for key in column)
-    rows = [(key, [column.get(key) for column in columns]) for key in keys]
-    if only_changes:
-        rows = [(key, values) for key, values in rows if values[0] != values[-1]]
-    if not rows:
-        return "<p>None.</p>"
-    head = "".join(f"<th>{_text(run.name)}</th>" for run in runs) if len(runs) > 1 else "<th></th>"
-    body = "".join(
-        f"<tr><td>{_text(key)}</td>{''.join(f'<td>{_cell(value)}</td>' for value in values)}</tr>"
-        for key, values in rows
-    )
-    return f'<div class="wide"><table><tr><th></th>{head}</tr>{body}</table></div>'
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return _text(" ".join(map(str, value)))
-    return "–" if value is None else _text(value)
+    return [[key, *(column.get(key) for column in columns)] for key in keys]
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -10,6 +11,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pygal
 from pygal.style import Style
+
+# pygal brings a finder for its plug-ins (none here) that has no find_spec; other look-ups, pytest's for one, need that.
+sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, pygal.PluginImportFixer)]
 
 #: Colours of the metrics in a chart, distinct also for the colour-blind (Okabe and Ito), on light and dark.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#7f7f7f")
@@ -58,15 +62,21 @@ def chart(lines: Sequence[Line], log: bool = False, name: str = "chart") -> str:
     if not values:
         return ""
     low, high = _range(sorted(values), log)
+    # pygal's logarithmic XY charts have two logarithmic axes: the logarithms are drawn here, and labelled as what they
+    # are of.
+    place = math.log10 if log else float
     plot = pygal.XY(
         style=Style(**_STYLE, colors=tuple(color for color, _, _ in drawn)),
-        width=WIDTH, height=HEIGHT, margin=6, js=[], show_legend=False, show_dots=False, logarithmic=log,
-        range=(low, high), x_value_formatter=_step, value_formatter=_label, show_x_guides=False,
+        width=WIDTH, height=HEIGHT, margin=6, js=[], show_legend=False, show_dots=False,
+        range=(place(low), place(high)), zero=place(low) if log else 0,
+        x_value_formatter=_step, value_formatter=_power if log else _label, show_x_guides=False,
     )  # fmt: skip
     plot.uuid = name
-    for color, dashed, points in drawn:
+    if log and len(ticks := _log_ticks(low, high)) > 3:
+        plot.y_labels = [{"value": place(tick), "label": _label(tick)} for tick in ticks]
+    for color, dashed, places in drawn:
         stroke = {"width": 1 if color.endswith(_FAINT) else 1.8} | ({"dasharray": "5, 3"} if dashed else {})
-        inside = [(x, min(max(y, low), high)) for x, y in points]
+        inside = [(x, place(min(max(y, low), high))) for x, y in places]
         plot.add(None, inside, stroke_style=stroke, show_dots=len(inside) == 1)
     return _plain(plot.render_tree())
 
@@ -104,8 +114,23 @@ def _running(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(x, float(np.mean(values[max(0, i - reach) : i + reach + 1]))) for i, (x, _) in enumerate(points)]
 
 
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in between; with more and more of what lies between them where there are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found: list[float] = []
+    for factors in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(found) >= 4:
+            break
+    return found
+
+
 def _step(value: float) -> str:
-    return f"{value:,.0f}"
+    return f"{value:,.0f}" if value == int(value) else ""
+
+
+def _power(value: float) -> str:
+    return f"{10**value:.3g}"
 
 
 def _label(value: float) -> str:
