@@ -5,9 +5,10 @@
     python tools/parity.py examples/recipes/tiny/stage1.yaml --resume tp2:2:pp2 --resume dp2:2:one --steps 4
     python tools/parity.py RECIPE.yaml --layouts unpacked train.response_dropout=0 train.global_batch=4
 
-Each layout runs in processes of its own on this machine's CPU, one layout after the other, and is compared with the
-reference: the same recipe on one process. `--resume A:K:B` stops layout A after step K and goes on on layout B from
-its checkpoint. Exits with 1 where anything is out of tolerance, and names the first tensor that diverges.
+Each layout runs in processes of its own, on this machine's CPU or (`--device cuda`) each on a GPU of its own over NCCL,
+one layout after the other, and is compared with the reference: the same recipe on one process. `--resume A:K:B` stops
+layout A after step K and goes on on layout B from its checkpoint. Exits with 1 where anything is out of tolerance, and
+names the first tensor that diverges.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--resume", nargs="+", action="extend", default=[], metavar="A:K:B", help="stop A after step K, go on on B"
     )
     parser.add_argument("--reference", default="one", metavar="NAME", help="what is compared with (default: one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default 3)")
     parser.add_argument(
         "--tolerance", type=float, default=1e-5, help="of losses and gradients, relative (default 1e-5)"
@@ -117,10 +119,11 @@ class Runner:
     def run(self, way: Variant, **plan: Any) -> parity.Told:
         """What `trial.run` tells. Raises RuntimeError or TimeoutError where a rank fails or hangs."""
         # An error of one rank ends the others after this time, if nothing else does.
-        settings = {"last": self.asked.steps, "timeout_s": self.asked.timeout, "packed": way.packed} | plan
-        planned = trial.Plan(folder=self.folder, **settings)
-        pool = self._pools.setdefault(way.world, Pool(way.world))
-        return pool.run(trial.run, way.settings(self.config), planned, timeout_s=self.asked.timeout)[0]
+        given = {"last": self.asked.steps, "timeout_s": self.asked.timeout, "packed": way.packed} | plan
+        planned = trial.Plan(folder=self.folder, **given)
+        pool = self._pools.setdefault(way.world, Pool(way.world, self.asked.device))
+        settings = way.settings(self.config, self.asked.device)
+        return pool.run(trial.run, settings, planned, timeout_s=self.asked.timeout)[0]
 
     def resume(self, case: Resume) -> parity.Told:
         """Run both halves; the first once for all that go on from it."""
@@ -147,7 +150,7 @@ def check(config: Config, asked: argparse.Namespace, say: Any = print) -> tuple[
     cases: list[Variant | Resume] = [variant.parse(name) for name in asked.layouts]
     cases += [resume(text, asked.steps) for text in asked.resume]
     for way in [reference_way, *_ways(cases)]:
-        way.settings(config)
+        way.settings(config, asked.device)
     manifest.directory(config.data.manifest)  # bundled data are not built on a layout's time
     folder = Path(tempfile.mkdtemp(prefix="parity-"))
     runner = Runner(config, asked, folder)

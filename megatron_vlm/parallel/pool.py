@@ -1,4 +1,4 @@
-"""Processes of this program's own, on the CPU: run a function on every rank of a gloo world, `Pool(2).run(function)`.
+"""Processes of this program's own: run a function on every rank of a gloo world on the CPU, `Pool(2).run(function)`.
 
 Starting processes costs seconds, so a pool keeps its own between calls. All are forked from one server that has
 imported torch and Megatron. Every call gets process groups of its own. For parity checks and tests; a training run
@@ -31,10 +31,13 @@ TRIES = 3
 
 
 class Pool:
-    """`world` processes, one per rank, started on first use."""
+    """`world` processes, one per rank, started on first use.
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    device: cuda = each on a GPU of its own, over NCCL. All pools of a process have the same device.
+    """
+
+    def __init__(self, world: int, device: str = "cpu") -> None:
+        self.world, self.device = world, device
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -82,13 +85,14 @@ class Pool:
         if self._processes:
             return
         context = multiprocessing.get_context("forkserver")
+        os.environ["VLM_POOL_DEVICE"] = self.device
         # The server finds the preload through PYTHONPATH only (Python 3.11 does not hand it sys.path).
         root = str(Path(__file__).parents[2])
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         context.set_forkserver_preload(["megatron_vlm.parallel.preload"])
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, self.device, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -129,7 +133,7 @@ class Pool:
         return [results[rank] for rank in range(self.world)]
 
 
-def _serve(rank: int, world: int, pipe: Connection) -> None:
+def _serve(rank: int, world: int, device: str, pipe: Connection) -> None:
     """Body of one process: answer calls until the pipe closes."""
     import torch
 
@@ -137,6 +141,8 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
     import megatron_vlm.parallel.preload  # noqa: F401
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     if Path("/sys/class/net/lo").exists():
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name may not resolve
@@ -146,10 +152,10 @@ def _serve(rank: int, world: int, pipe: Connection) -> None:
             task = pipe.recv_bytes()
         except EOFError:
             return
-        pipe.send_bytes(pickle.dumps(_call(rank, world, task)))
+        pipe.send_bytes(pickle.dumps(_call(rank, world, device, task)))
 
 
-def _call(rank: int, world: int, task: bytes) -> tuple[float, Any]:
+def _call(rank: int, world: int, device: str, task: bytes) -> tuple[float, Any]:
     """(time of failure, 0 for none or -1 where no group formed; result or traceback)."""
     import torch.distributed as dist
 
@@ -162,7 +168,8 @@ def _call(rank: int, world: int, task: bytes) -> tuple[float, Any]:
         shared = dist.FileStore(store, world)
         try:
             connect = timedelta(seconds=min(timeout_s, CONNECT_S))
-            dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=connect)
+            backend = "nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, store=shared, rank=rank, world_size=world, timeout=connect)
             dist.distributed_c10d._set_pg_timeout(timeout)
         except Exception:
             return -1.0, traceback.format_exc()

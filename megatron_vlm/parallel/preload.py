@@ -1,10 +1,11 @@
 """Imported once by the fork server of `pool.py`: every process of every pool starts with Megatron in memory."""
 
 import gc
+import os
 
 from megatron_vlm.parallel import cpu
 
-cpu.enable("cpu")
+cpu.enable(os.environ.get("VLM_POOL_DEVICE", "cpu"))  # pool.py sets it
 
 import megatron.core.dist_checkpointing  # noqa: E402, F401
 import megatron.core.distributed  # noqa: E402, F401

@@ -35,7 +35,8 @@ Norms = dict[str, tuple[float, float]]
 def run(config: Config, plan: Plan) -> dict[str, Any] | None:
     """Run `plan`; every rank of the layout calls it. What it tells stands in `trial.run`."""
     layout = Layout.of(config, dist.get_world_size())
-    groups.initialize(layout, seed=config.train.seed, timeout_s=plan.timeout_s)
+    backend = dist.get_backend()
+    groups.initialize(layout, backend=backend, seed=config.train.seed, timeout_s=plan.timeout_s)
     record = None if plan.resume is None else checkpoint_load.read(plan.resume)
     loader = _loader(config, layout, plan.packed, record.state["data"] if record else None)
     models = optim.wrap(build(config, layout), config)

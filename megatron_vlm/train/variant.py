@@ -54,8 +54,8 @@ class Variant:
         """Processes that it takes."""
         return self.tensor * self.pipeline * self.context * self.data
 
-    def settings(self, config: Config) -> Config:
-        """`config` run this way, on the CPU. Raises ValueError, with the name and the numbers, where it does not fit.
+    def settings(self, config: Config, device: str = "cpu") -> Config:
+        """`config` run this way on `device`. Raises ValueError, with the name and the numbers, where it does not fit.
 
         `parallel.pipeline_layers` stays only where it has an entry for each chunk.
         """
@@ -63,7 +63,7 @@ class Variant:
         layers = config.parallel.pipeline_layers
         found = dataclasses.replace(
             config,
-            run=dataclasses.replace(config.run, device="cpu"),
+            run=dataclasses.replace(config.run, device=device),
             parallel=dataclasses.replace(
                 config.parallel,
                 tensor=self.tensor,

@@ -1,0 +1,92 @@
+"""Every recipe loads, keeps the rules, and its model is built at its own layout for every kind of rank of a replica.
+
+Weights have sizes but no numbers (train/pretend.py); what a rank holds is compared with what the plan counts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import load, presets, rules
+from megatron_vlm.config.schema import Config
+from megatron_vlm.parallel.layout import Layout
+
+FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
+RECIPES = sorted(FOLDER.glob("*/stage*.yaml"))
+#: As named on the command line; tower and connector sharded, a pipeline with virtual stages.
+OTHERS = {
+    "molmo2_4b/stage1.yaml": ("parallel.tensor=2", "parallel.sequence=true", "parallel.vision=tensor"),
+    "molmo2_8b/stage2.yaml": ("parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    "molmo2_8b/stage3.yaml": ("parallel.context=8", "parallel.tensor=1", "parallel.sequence=false"),
+}
+CASES = [(path, ()) for path in RECIPES] + [(FOLDER / name, words) for name, words in OTHERS.items()]
+#: Processes that the stages are planned for (examples/slurm/README.md), beside a single replica.
+CLUSTERS = (2, 4, 8, 32, 256)
+
+
+def name_of(case: object) -> str:
+    return f"{case.parent.name}-{case.stem}" if isinstance(case, Path) else " ".join(case)  # type: ignore[arg-type]
+
+
+def replica(config: Config) -> int:
+    return config.parallel.tensor * config.parallel.context * config.parallel.pipeline
+
+
+def test_all_recipes_are_here():
+    assert len(RECIPES) == len(list(FOLDER.glob("*/stage*"))) >= 17
+
+
+@pytest.mark.parametrize("path, words", CASES, ids=name_of)
+def test_rules(path, words):
+    """On one replica, and on every cluster that holds whole replicas and no more rows than a step has."""
+    config = load.load(path, words)
+    rules.check(config, replica(config))
+    for world in () if words else CLUSTERS:
+        data = world // replica(config)
+        if world % replica(config) == 0 and data * config.train.micro_batch <= config.train.global_batch:
+            rules.check(config, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path, words", CASES, ids=name_of)
+def test_build(path, words):
+    """Every stage of the pipeline, first and last rank of each row and of each shared layer."""
+    config = load.load(path, words)
+    layout = Layout.of(config, replica(config))
+    for stage in range(layout.pipeline):
+        for tensor in {0, layout.tensor - 1}:
+            for context in {0, layout.context - 1}:
+                rank = tensor + layout.tensor * (context + layout.context * stage)
+                built, planned = held(key(config), layout, rank, path, words)
+                assert built == planned, rank
+
+
+def key(config: Config) -> str:
+    """What the model of a rank depends on: stages that differ in nothing of it are built once."""
+    parts = {name: asdict(getattr(config, name)) for name in ("model", "parallel")}
+    return json.dumps(parts | {"train": [config.train.precision, config.train.recompute]}, sort_keys=True)
+
+
+@cache
+def held(what: str, layout: Layout, rank: int, path: Path, words: tuple[str, ...]) -> tuple[int, int]:
+    """Parameters that the rank's part of the model has, and that the plan counts."""
+    from megatron_vlm.parallel import cpu
+
+    cpu.enable("cpu")
+    from megatron_vlm.model.build import build
+    from megatron_vlm.plan import params
+    from megatron_vlm.train.pretend import Pretend, rank_of
+
+    config = load.load(path, words)
+    with rank_of(layout, rank), Pretend():
+        models = build(config, layout)
+        built = sum(parameter.numel() for model in models for parameter in model.parameters())
+    arch = presets.architecture(config.model)
+    chunks = params.stages(arch, layout, config.parallel.pipeline_layers)[layout.coordinates(rank).pipeline]
+    planned = [params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor) for chunk in chunks]
+    return built, sum(parameter.numel for chunk in planned for parameter in chunk)
