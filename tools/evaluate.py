@@ -60,6 +60,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "overlap of words, no model",
     )
     parser.add_argument("--judge-model", default="gpt-4.1-2025-04-14", help="default: %(default)s")
+    parser.add_argument("--judge-threads", type=int, default=8, help="captions judged at a time (default 8)")
+    parser.add_argument(
+        "--masks",
+        default="",
+        help="J and F of tracks where the data have masks: sam2 (points become masks through SAM 2, if installed) or "
+        "discs (around the points, no model)",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(argv)
 
@@ -166,14 +173,17 @@ def _report(
     from megatron_vlm.checkpoint import verify
     from megatron_vlm.evaluate import baseline, page, report
     from megatron_vlm.evaluate.asking import Answer
+    from megatron_vlm.evaluate.segments import Segmenter
 
-    judge = _judge(asked)
+    judge = _judge(asked, kept)
+    masks = Segmenter(shards, asked.masks) if asked.masks else None
+    threads = asked.judge_threads if asked.judge else 1
     reports: dict[str, Any] = {}
     shown = {}
     for name, task, samples in passes:
         found = reports.setdefault(task.name, {"task": task.name, "kind": task.kind, "images": len(samples)})
         answers = _kept(kept, trained, shards, task, name, len(samples), 0).read()
-        judged = report.judge(task, samples, answers, judge)
+        judged = report.judge(task, samples, answers, judge, masks if task.kind == "tracking" else None, threads)
         found["scores" if name == "scored" else name] = report.scores(judged)
         if name == "scored":
             best, worst = report.extremes(judged)
@@ -187,6 +197,7 @@ def _report(
         "checkpoint_sha256": verify.digest(trained.path / verify.MANIFEST)["sha256"],
         "manifest": shards.hash,
         "judge": judge.name,
+        "masks": asked.masks,
         "settings": {name: getattr(asked, name) for name in ("limit", "shuffled_limit", "untrained_limit")},
         "decoding": "greedy",
         "versions": report.versions(),
@@ -204,14 +215,15 @@ def _report(
     print(f"{title}\n\n{table}\n\nWritten: {folder}/evaluation.json, evaluation.md and evaluation.html")
 
 
-def _judge(asked: argparse.Namespace) -> Any:
+def _judge(asked: argparse.Namespace, kept: Path) -> Any:
     from megatron_vlm.evaluate.statements import Overlap
 
     if not asked.judge:
         return Overlap()
     from megatron_vlm.evaluate.endpoint import Endpoint
 
-    return Endpoint(asked.judge, asked.judge_model, key=os.environ.get("OPENAI_API_KEY", ""))
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return Endpoint(asked.judge, asked.judge_model, key=key, kept=kept / "judge.jsonl")
 
 
 if __name__ == "__main__":

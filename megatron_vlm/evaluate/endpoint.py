@@ -6,16 +6,19 @@ it gives no verdict is not scored; where it does not answer several questions in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tenacity
 import urllib3
 
-from megatron_vlm.evaluate.statements import MOST_STATEMENTS, JudgeError
+from megatron_vlm.evaluate.statements import MOST_STATEMENTS, JudgeError, JudgeRefused
 
 #: Seconds for one request, tries of one question, seconds to wait between them at most.
 TIMEOUT_S, TRIES, LONGEST_WAIT_S = 60.0, 4, 20.0
@@ -40,7 +43,11 @@ class _Again(Exception):
 
 
 class Endpoint:
-    """Judge at `url` (`https://host/v1`). key: sent as a bearer token, never shown."""
+    """Judge at `url` (`https://host/v1`). Several threads may ask.
+
+    key:  sent as a bearer token, never shown.
+    kept: file of verdicts that were given before, by question: not asked again.
+    """
 
     def __init__(
         self,
@@ -51,6 +58,7 @@ class Endpoint:
         timeout_s: float = TIMEOUT_S,
         tries: int = TRIES,
         wait_s: float = 1.0,
+        kept: Path | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"the judge's address {url!r} is no http(s) address. Needed one like https://host/v1.")
@@ -59,6 +67,7 @@ class Endpoint:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._pool = urllib3.PoolManager(timeout=urllib3.Timeout(total=timeout_s), retries=False)
         self._silent, self._timeout_s = 0, timeout_s
+        self._kept, self._known, self._writing = kept, _read(kept) if kept else {}, threading.Lock()
 
     def statements(self, caption: str) -> list[str]:
         if not caption.strip():
@@ -74,6 +83,18 @@ class Endpoint:
         return self._ask(question, lambda reply: _verdicts(reply, len(statements)))
 
     def _ask(self, question: str, read: Any) -> Any:
+        digest = hashlib.sha256(f"{self._model}\n{question}".encode()).hexdigest()
+        if digest not in self._known:
+            found = self._asked(question, read)
+            with self._writing:
+                self._known[digest] = found
+                if self._kept:
+                    self._kept.parent.mkdir(parents=True, exist_ok=True)
+                    with self._kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([digest, found], ensure_ascii=False) + "\n")
+        return self._known[digest]
+
+    def _asked(self, question: str, read: Any) -> Any:
         if self._silent >= PATIENCE:
             raise JudgeError(f"not asked any more: no verdict {PATIENCE} times in a row")
         again = tenacity.Retrying(
@@ -128,8 +149,16 @@ class Endpoint:
         return data
 
 
-class JudgeRefused(ValueError):
-    """The endpoint will never answer: a wrong key, address or model."""
+def _read(path: Path) -> dict[str, Any]:
+    """What was kept; a line that was cut off is none."""
+    found: dict[str, Any] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            digest, verdict = json.loads(line)
+        except (ValueError, TypeError):
+            continue
+        found[digest] = verdict
+    return found
 
 
 def _strings(reply: str) -> list[str]:

@@ -14,7 +14,7 @@ from megatron_vlm.data.example import Branch, Example, Points, Tracks
 from megatron_vlm.evaluate import places, statements, tracking, words
 from megatron_vlm.evaluate.regions import SAME_TIME_S, Region, Spot
 from megatron_vlm.evaluate.score import Scores, Verdict, judged, unknown, unreadable
-from megatron_vlm.evaluate.statements import Judge, JudgeError, Overlap
+from megatron_vlm.evaluate.statements import Judge, JudgeError, JudgeRefused, Overlap
 
 #: Times a second of a video at which places are told apart where the sample says nothing.
 USUAL_RATE = 2
@@ -82,6 +82,8 @@ def verdict(kind: Kind, question: Question, said: str) -> Verdict:
         scores = kind.score(kind.nothing if read is None else read, question)
     except JudgeError as error:
         return unknown(f"judge: {error}")
+    except JudgeRefused:
+        raise
     except ValueError as error:
         return unknown(f"truth: {error}")
     if read is None:

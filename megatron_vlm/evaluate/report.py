@@ -6,7 +6,8 @@ import importlib.metadata
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import megatron_vlm
@@ -15,6 +16,7 @@ from megatron_vlm.data.example import Example, Points, Tracks
 from megatron_vlm.evaluate import kinds
 from megatron_vlm.evaluate.asking import Answer
 from megatron_vlm.evaluate.score import Verdict, summary, unknown
+from megatron_vlm.evaluate.segments import Segmenter
 from megatron_vlm.evaluate.statements import Judge
 from megatron_vlm.evaluate.tasks import Task
 
@@ -53,23 +55,40 @@ class Judged:
 
 
 def judge(
-    task: Task, samples: Sequence[Example], answers: Mapping[str, Answer], judge: Judge | None = None
+    task: Task,
+    samples: Sequence[Example],
+    answers: Mapping[str, Answer],
+    judge: Judge | None = None,
+    masks: Segmenter | None = None,
+    threads: int = 1,
 ) -> list[list[Judged]]:
-    """What is said of every question, by sample. A sample without an answer is not scored."""
-    kind = kinds.KINDS[task.kind]
-    found = []
-    for sample in samples:
+    """What is said of every question, by sample. A sample without an answer is not scored.
+
+    masks:   adds J and F to answers that follow objects.
+    threads: samples judged at a time, for a judge that waits for a network.
+    """
+
+    def of_sample(sample: Example) -> list[Judged]:
         answer = answers.get(sample.key, Answer(sample.key, fault="it was not asked"))
-        row = []
-        for number, branch in enumerate(sample.branches):
-            if answer.fault or number >= len(answer.said):
-                row.append(Judged(sample, number, "", unknown(f"media or prompt: {answer.fault}")))
-                continue
-            question = kinds.of(sample, branch, radius=task.radius, judge=judge)
-            said = answer.said[number]
-            row.append(Judged(sample, number, said, kinds.verdict(kind, question, said)))
-        found.append(row)
-    return found
+        return [_judged(task, sample, number, answer, judge, masks) for number in range(len(sample.branches))]
+
+    if threads == 1:
+        return [of_sample(sample) for sample in samples]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(of_sample, samples))
+
+
+def _judged(
+    task: Task, sample: Example, number: int, answer: Answer, judge: Judge | None, masks: Segmenter | None
+) -> Judged:
+    if answer.fault or number >= len(answer.said):
+        return Judged(sample, number, "", unknown(f"media or prompt: {answer.fault}"))
+    question = kinds.of(sample, sample.branches[number], radius=task.radius, judge=judge)
+    said = answer.said[number]
+    verdict = kinds.verdict(kinds.KINDS[task.kind], question, said)
+    if masks and verdict.scores:
+        verdict = replace(verdict, scores={**verdict.scores, **masks(sample, question, said)})
+    return Judged(sample, number, said, verdict)
 
 
 def scores(judged: Sequence[Sequence[Judged]]) -> Report:

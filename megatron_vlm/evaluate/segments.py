@@ -15,6 +15,15 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from megatron_vlm.data import points, video
+from megatron_vlm.data.example import Example, Tracks
+from megatron_vlm.data.masks import unpacked
+from megatron_vlm.data.media import Store
+from megatron_vlm.evaluate.kinds import Question
+from megatron_vlm.evaluate.places import MOST_PLACES
+from megatron_vlm.evaluate.regions import SAME_TIME_S
+from megatron_vlm.evaluate.score import Scores
+
 #: Tolerance of a boundary as a share of the picture's diagonal.
 BOUNDARY_SHARE = 0.008
 #: Weights of SAM 2 that are asked for.
@@ -76,6 +85,49 @@ def _mean_j(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.mean([region_similarity(a, b) for a, b in zip(found, wanted, strict=True)]))
 
 
+class Segmenter:
+    """J and F of answers that follow objects, for samples whose masks are known.
+
+    predictor: a name of PREDICTORS. Raises ValueError where there is none of this name, or its package is missing.
+    """
+
+    def __init__(self, store: Store, predictor: str) -> None:
+        if predictor not in PREDICTORS:
+            raise ValueError(f"--masks {predictor}: there is no such predictor; choose from {', '.join(PREDICTORS)}.")
+        if predictor == "sam2":
+            check_sam2()
+        self.name, self._store, self._predict = predictor, store, PREDICTORS[predictor]
+
+    def __call__(self, sample: Example, question: Question, said: str) -> Scores:
+        """Over the moments at which an object has a mask; {} where none has. An object without a mask is not there."""
+        wanted = question.wanted
+        kept = question.info.get("masks", {}).get(wanted.label) if isinstance(wanted, Tracks) else None
+        if not kept or sample.video is None:
+            return {}
+        times = sorted({row[0] for rows in kept for row in rows})
+        height, width = kept[0][0][1:3]
+        truth = {number: np.zeros((len(times), height, width), bool) for number in range(1, len(kept) + 1)}
+        for number, rows in enumerate(kept, start=1):
+            for at, *mask in rows:
+                truth[number][times.index(at)] = unpacked(*mask)
+        prompts: dict[int, list[tuple[int, float, float]]] = {}
+        for place in points.parse(said)[:MOST_PLACES]:
+            near = [frame for frame, at in enumerate(times) if abs(at - place.at) <= SAME_TIME_S]
+            for frame in near[:1]:
+                prompts.setdefault(place.id, []).append((frame, place.x * width, place.y * height))
+        found = self._predict(self._frames(sample, times, (width, height)), prompts) if prompts else {}
+        j, f = j_and_f(found, truth)
+        name = f"J&F ({self.name})"
+        return {name: ((j + f) / 2, 1), f"J ({self.name})": (j, 1), f"F ({self.name})": (f, 1)}
+
+    def _frames(self, sample: Example, times: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+        assert sample.video is not None
+        key, start = sample.video.key, sample.clip.start if sample.clip else 0.0
+        moments = [start + at for at in times]
+        frames = video.read(self._store.media(key), self._store.timeline(key), moments, name=sample.key)
+        return np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in frames])
+
+
 def discs(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, float]]]) -> dict[int, np.ndarray]:
     """No model: a disc around each point, and nothing in frames without one. What points alone are worth."""
     count, height, width = frames.shape[:3]
@@ -89,15 +141,8 @@ def discs(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, fl
 
 
 def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, float]]]) -> dict[int, np.ndarray]:
-    """SAM 2's video predictor, prompted with each object's points; weights from the hub (SAM2_WEIGHTS).
-
-    Raises ValueError where its package is not installed.
-    """
-    if importlib.util.find_spec("sam2") is None:
-        raise ValueError(
-            "--masks sam2 needs SAM 2, which is not installed: pip install sam2 (it brings its own torchvision). Or "
-            "--masks discs: discs around the points, without a model."
-        )
+    """SAM 2's video predictor, prompted with each object's points; weights from the hub (SAM2_WEIGHTS)."""
+    check_sam2()
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
     predictor: Any = SAM2VideoPredictor.from_pretrained(SAM2_WEIGHTS)
@@ -108,7 +153,7 @@ def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, flo
         state = predictor.init_state(video_path=folder)
         for number, places in points.items():
             for frame, x, y in places:
-                predictor.add_new_points_or_box(
+                predictor.add_new_promptsor_box(
                     inference_state=state,
                     frame_idx=frame,
                     obj_id=number,
@@ -119,6 +164,15 @@ def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, flo
             for place, number in enumerate(numbers):
                 masks[number][frame] = (logits[place] > 0).cpu().numpy().reshape(frames.shape[1:3])
     return masks
+
+
+def check_sam2() -> None:
+    """Raises ValueError where the package is not installed."""
+    if importlib.util.find_spec("sam2") is None:
+        raise ValueError(
+            "--masks sam2 needs SAM 2, which is not installed: pip install sam2 (it brings its own torchvision). Or "
+            "--masks discs: discs around the points, without a model."
+        )
 
 
 PREDICTORS: dict[str, Predictor] = {"discs": discs, "sam2": sam2}

@@ -41,6 +41,10 @@ class JudgeError(RuntimeError):
     """A judge gave no verdict on one answer."""
 
 
+class JudgeRefused(ValueError):
+    """A judge will never answer: a wrong key, address or model. It ends the evaluation."""
+
+
 class Overlap:
     """By the words that two captions share."""
 

@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 
+from megatron_vlm.data.example import Branch, Clip, Example, Point, Tracks, Turn
 from megatron_vlm.data.masks import packed, unpacked
+from megatron_vlm.data.media import Files
 from megatron_vlm.data.points import Place
-from megatron_vlm.evaluate import segments
+from megatron_vlm.evaluate import report, segments
+from megatron_vlm.evaluate.asking import Answer
 from megatron_vlm.evaluate.regions import Spot
+from megatron_vlm.evaluate.tasks import Task
 from megatron_vlm.evaluate.tracking import hota, tracking
+from tests.data.clips import clip, steady
 from tests.evaluate.reference import cases
 
 
@@ -68,3 +73,32 @@ def test_masks_of_every_published_form_are_the_same():
     assert np.array_equal(unpacked(*packed(mask)), mask)
     with pytest.raises(ValueError, match="a mask must be COCO run lengths"):
         packed("1100")
+
+
+def test_j_and_f_of_an_answer_on_a_real_film(tmp_path):
+    # Two frames of a film in which the object's mask is a disc: the predictor without a model finds it at the point.
+    film = clip(steady(4, fps=2), size=(60, 40))
+    files = Files()
+    media = files.add_video(film, name="film")
+    disc = segments.discs(np.zeros((1, 40, 60, 3), np.uint8), {1: [(0, 30.0, 20.0)]})[1][0]
+    masks = [[[at, *packed(disc)] for at in (0.0, 0.5)]]
+    wanted = Tracks("dot", ((Point(0.0, 0.5, 0.5), Point(0.5, 0.5, 0.5)),))
+    branch = Branch("video_point_track_per_frame", (Turn("dot", wanted),))
+    sample = Example("a", (branch,), (media,), {"masks": {"dot": masks}}, Clip(rate=2))
+    task = Task("t", "tracking", 8)
+
+    def scores(said: str) -> dict[str, float]:
+        segmenter = segments.Segmenter(files, "discs")
+        ((one,),) = report.judge(task, [sample], {"a": Answer("a", (said,))}, masks=segmenter)
+        return {name: part / whole for name, (part, whole) in one.verdict.scores.items()}
+
+    right = scores('<tracks coords="0.0 1 500 500;0.5 1 500 500">dot</tracks>')
+    assert right["HOTA"] == right["J&F (discs)"] == right["J (discs)"] == right["F (discs)"] == 1.0
+    half = scores('<tracks coords="0.0 1 500 500">dot</tracks>')  # nothing in the second frame
+    assert half["J&F (discs)"] == 0.5
+    assert scores("nothing")["J&F (discs)"] == 0.0
+
+
+def test_a_predictor_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="--masks sam9: there is no such predictor; choose from discs, sam2"):
+        segments.Segmenter(Files(), "sam9")
