@@ -42,14 +42,31 @@ def pack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops
         )
     if not len(sizes):
         return []
-    least = lower_bound(tokens, crops, max_tokens, max_crops)
-    rows = least + int(least * SLACK)
-    while not (filling := _Filling(sizes, budget, rows)).complete():
-        rows += max(1, int(least * STEP))
-    found: list[list[int]] = [[] for _ in range(rows)]
-    for sample, row in enumerate(filling.placed.tolist()):
+    placed = _fewest(sizes, budget, lower_bound(tokens, crops, max_tokens, max_crops))
+    found: list[list[int]] = [[] for _ in range(int(placed.max()) + 1)]
+    for sample, row in enumerate(placed.tolist()):
         found[row].append(sample)
     return [row for row in found if row]
+
+
+def _fewest(sizes: np.ndarray, budget: np.ndarray, least: int) -> np.ndarray:
+    """Row of each sample, in about as few rows as a filling succeeds with: more and more are added, then halved back."""
+    first, step = least + int(least * SLACK), max(1, int(least * STEP))
+
+    def attempt(number: int) -> np.ndarray | None:
+        filling = _Filling(sizes, budget, first + number * step)
+        return filling.placed if filling.complete() else None
+
+    failed, number = -1, 0
+    while (placed := attempt(number)) is None:
+        failed, number = number, max(1, 2 * number)
+    while number - failed > 1:
+        middle = (failed + number) // 2
+        if (fewer := attempt(middle)) is None:
+            failed = middle
+        else:
+            number, placed = middle, fewer
+    return placed
 
 
 class _Filling:
