@@ -114,6 +114,9 @@ class DataConfig:
     balance_batches: int = 1
     """Global batches of a window, or about so many, among which rows are exchanged so that those of one batch cost
     about as much, while each batch keeps the mixture's shares. 1 = rows in the order in which they were packed."""
+    plan_cache: str = "run"
+    """Directory in which the ranks share planned windows, so that each is planned once. `run`: plans/ in the run's
+    directory; nothing: every rank plans for itself."""
     workers: int = 0
     """Processes that decode ahead of training. 0 = decode in the training process."""
     seed: int = 0

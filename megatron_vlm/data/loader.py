@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,16 @@ from megatron_vlm.data.collate import Collator, MicroBatch, silenced
 from megatron_vlm.data.faults import Fault
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.order import MixtureOrder, OnePassOrder
-from megatron_vlm.data.plan import Planner, Row, Sample, padding_row
+from megatron_vlm.data.plan import Planner, Row, padding_row
+from megatron_vlm.data.plan_cache import PlanCache
 from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.stored import StoredRow
 from megatron_vlm.data.tokens import Tokenizer
 from megatron_vlm.data.tree import TreeSettings
 from megatron_vlm.data.workers import Made, Workers
 
+#: A row of a planned window: in memory, or still in the file that ranks share.
+Planned = Row | StoredRow
 #: Steps that are made ahead of the one in use.
 STEPS_AHEAD = 2
 
@@ -49,6 +54,9 @@ class Share:
     crop_rank: int = 0
     """Which part of the micro-batch's crops: Layout.crop_rank."""
     crop_ranks: int = 1
+    rank: int = 0
+    """Place among all ranks of the run: which windows it plans for all."""
+    ranks: int = 1
     crops: bool = True
     """This rank encodes crops (first pipeline stage). False = it never reads a pixel."""
 
@@ -108,7 +116,7 @@ class Step:
         return replace(
             self,
             micro_batches=tuple(silenced(batch, micro_batch, known) for batch, micro_batch in batches),
-            loss_weight=sum(_weight(sample) for sample in mine if sample.key not in known),
+            loss_weight=sum(sample.facts.weight for sample in mine if sample.key not in known),
             global_loss_weight=sum(
                 weight for key, weight in zip(self.keys, self.weights, strict=True) if key not in known
             ),
@@ -186,6 +194,12 @@ class Loader:
         self._steps = 0 if state is None else int(state.get("steps", 0))
         self._workers = Workers(Collator(shards, geometry, data.sequence_length, skips), data.workers)
         self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
+        self._cache: PlanCache | None = None
+        if data.plan_cache and share.ranks > 1 and not one_pass:
+            own = data.plan_cache == "run"
+            folder = Path(config.run.dir) / "plans" if own else Path(data.plan_cache)
+            of = {**self._identity, "arch": repr(arch), "skips": skips}
+            self._cache = PlanCache(self._planner, folder, of, rank=share.rank, ranks=share.ranks, own=own)
         self.keys: tuple[str, ...] = ()
         """`data set/key` of this rank's samples in the step handed out last, or waited for."""
 
@@ -212,6 +226,8 @@ class Loader:
     def close(self) -> None:
         """End worker processes and threads."""
         self._workers.close()
+        if self._cache:
+            self._cache.close()
         self._plans.shutdown(wait=False, cancel_futures=True)
 
     def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
@@ -238,7 +254,7 @@ class Loader:
 
     def _planned_steps(self, window: int, offset: int) -> Iterator[tuple[dict[str, Any], list[MicroBatch]]]:
         """What is known of each step without pixels, and this rank's micro-batches."""
-        rows: list[Row] = []
+        rows: list[Planned] = []
         start, step = (window, offset), self._steps + 1
         for number, planned in self._windows(window, *self._entry(offset, step)):
             skip = offset if number == window else 0
@@ -264,7 +280,7 @@ class Loader:
             offset -= self._rows_of(step)
         return step, -offset
 
-    def _windows(self, window: int, step: int, before: int) -> Iterator[tuple[int, list[Row]]]:
+    def _windows(self, window: int, step: int, before: int) -> Iterator[tuple[int, list[Planned]]]:
         """Windows from `window` on, in the order in which steps take their rows; the next one is made while one is in
         use. The first row belongs to `step`, which has `before` rows of earlier windows."""
         future = self._plans.submit(self._window, window, step, before)
@@ -274,16 +290,18 @@ class Loader:
             yield window, rows
             window += 1
 
-    def _window(self, window: int, step: int, before: int) -> tuple[list[Row], int, int] | None:
+    def _window(self, window: int, step: int, before: int) -> tuple[list[Planned], int, int] | None:
         """A window's rows, and to which step the next window's first row belongs, with how many rows before it."""
-        rows = self._planner.plan(window)
-        if rows is None:
+        plan = self._cache.window if self._cache else self._planner.plan
+        planned = plan(window)
+        if planned is None:
             return None
+        rows = list(planned)
         sizes = parts(len(rows), step, before, self._rows_of)
         if self._balances:
             samples = np.zeros((len(rows), len(self.sources)), dtype=np.int64)
             for place, row in enumerate(rows):
-                np.add.at(samples[place], [sample.source for sample in row.samples], 1)
+                np.add.at(samples[place], [one.source for one in row.facts], 1)
             rng = generator(self._config.data.seed, window, "batches")
             span, costs = self._config.data.balance_batches, [row.cost for row in rows]
             rows = [rows[i] for i in arrange(costs, samples, self._rates, self._groups, sizes, span, rng)]
@@ -291,36 +309,38 @@ class Loader:
         return (rows, last + 1, 0) if held == self._rows_of(last) else (rows, last, held)
 
     def _step(
-        self, rows: list[Row], start: tuple[int, int], following: tuple[int, int]
+        self, rows: Sequence[Planned], start: tuple[int, int], following: tuple[int, int]
     ) -> tuple[dict[str, Any], list[MicroBatch]]:
         share, per_batch = self._share, self._config.train.micro_batch
         per_rank = len(rows) // (share.data_ranks * per_batch)
         dealt = deal([row.cost for row in rows], share.data_ranks, per_rank)[share.data_rank]
         micro_batches = [
-            MicroBatch(tuple(rows[i] for i in batch), share.crop_rank, share.crop_ranks, share.crops) for batch in dealt
+            MicroBatch(tuple(rows[i].unpack() for i in batch), share.crop_rank, share.crop_ranks, share.crops)
+            for batch in dealt
         ]
-        samples = [sample for row in rows for sample in row.samples]
-        weights = tuple(_weight(sample) for sample in samples)
-        lines = ["\n".join(sample.key for sample in row.samples) for row in rows]
+        by_row = [row.facts for row in rows]
+        samples = [one for facts in by_row for one in facts]
+        weights = tuple(one.weight for one in samples)
+        lines = ["\n".join(one.key for one in facts) for facts in by_row]
         facts = {
             "window": start[0],
             "offset": start[1],
             "next_window": following[0],
             "next_offset": following[1],
             "rows": tuple(row.number for row in rows),
-            "keys": tuple(sample.key for sample in samples),
+            "keys": tuple(one.key for one in samples),
             "keys_hash": hashlib.sha256("\n\n".join(lines).encode()).hexdigest(),
             "weights": weights,
-            "loss_weight": sum(_weight(sample) for batch in dealt for i in batch for sample in rows[i].samples),
+            "loss_weight": sum(one.weight for batch in dealt for i in batch for one in by_row[i]),
             "global_loss_weight": sum(weights),
             "tokens": len(rows) * self._config.data.sequence_length,
-            "useful_tokens": sum(row.tokens for row in rows),
-            "image_tokens": sum(layout.placeholders for sample in samples for layout in sample.content.layouts),
-            "crops": sum(row.crops for row in rows),
+            "useful_tokens": sum(one.tokens for one in samples),
+            "image_tokens": sum(one.placeholders for one in samples),
+            "crops": sum(one.crops for one in samples),
             "samples": len(samples),
-            **{name: sum(getattr(sample.content, name) for sample in samples) for name in _LOSSES},
-            "cut": tuple(sample.key for sample in samples if any(getattr(sample.content, name) for name in _LOSSES)),
-            "skipped": tuple(sample.fault for sample in samples if sample.fault),
+            **{name: sum(getattr(one, name) for one in samples) for name in _LOSSES},
+            "cut": tuple(one.key for one in samples if any(getattr(one, name) for name in _LOSSES)),
+            "skipped": tuple(one.fault for one in samples if one.fault),
         }
         return facts, micro_batches
 
@@ -353,10 +373,6 @@ _SETTINGS = (
 
 #: What a sample can lose when it is made into tokens.
 _LOSSES = ("cut_tokens", "dropped_branches", "dropped_images")
-
-
-def _weight(sample: Sample) -> float:
-    return float(sample.content.loss_weights.sum())
 
 
 def _check_shares(config: Config, share: Share) -> None:

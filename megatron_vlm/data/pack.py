@@ -50,7 +50,7 @@ def pack(tokens: Sequence[int], crops: Sequence[int], max_tokens: int, max_crops
 
 
 def _fewest(sizes: np.ndarray, budget: np.ndarray, least: int) -> np.ndarray:
-    """Row of each sample, in about as few rows as a filling succeeds with: more and more are added, then halved back."""
+    """Row of each sample, in the fewest rows that do: more and more are added, then the last step is halved back."""
     first, step = least + int(least * SLACK), max(1, int(least * STEP))
 
     def attempt(number: int) -> np.ndarray | None:

@@ -18,6 +18,27 @@ ROWS_PER_WINDOW = 1 << 24
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What every rank has to know of a sample, whoever trains on it."""
+
+    key: str
+    """data set/key, as the ledger writes it."""
+    source: int
+    """Index of the data set in the mixture."""
+    tokens: int
+    crops: int
+    placeholders: int
+    weight: float
+    """Sum of its loss weights."""
+    cut_tokens: int
+    """This and the next two: see TokenizedExample."""
+    dropped_branches: int
+    dropped_images: int
+    fault: Fault | None
+    """Why it could not be planned."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """A sample that has its place in a row."""
 
@@ -31,6 +52,14 @@ class Sample:
     fault: Fault | None = None
     """Why it could not be planned. It has no tokens then: a hole that counts as a sample of its row."""
 
+    @property
+    def facts(self) -> Facts:
+        content = self.content
+        placeholders = sum(layout.placeholders for layout in content.layouts)
+        lost = content.cut_tokens, content.dropped_branches, content.dropped_images
+        weight = float(content.loss_weights.sum())
+        return Facts(self.key, self.source, len(content.tokens), content.crops, placeholders, weight, *lost, self.fault)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,6 +71,14 @@ class Row:
     """() = a row of padding, at the end of a single pass."""
     cost: int
     """Operations of its forward pass."""
+
+    @property
+    def facts(self) -> tuple[Facts, ...]:
+        return tuple(sample.facts for sample in self.samples)
+
+    def unpack(self) -> Row:
+        """Itself: see stored.StoredRow."""
+        return self
 
     @property
     def tokens(self) -> int:
