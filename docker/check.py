@@ -11,8 +11,11 @@ CPU = {"torch": "torch", "megatron.core": "megatron-core", "webdataset": "webdat
 GPU = CPU | {
     "transformer_engine.pytorch": "transformer_engine",
     "flash_attn": "flash_attn",
-    # PyPI's "apex" has no optimizers: this is NVIDIA's.
+    # PyPI's "apex" has no optimizers: this is NVIDIA's. Its extensions are what the trainer uses of it.
     "apex.optimizers": "apex",
+    "amp_C": "apex",
+    "fused_layer_norm_cuda": "apex",
+    "fused_weight_gradient_mlp_cuda": "apex",
 }
 #: The oldest that Megatron-core 0.16 is known to work with.
 AT_LEAST = {"transformer_engine": (2, 9)}

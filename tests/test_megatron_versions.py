@@ -21,12 +21,10 @@ CHOSEN = (
     "tests/test_megatron_versions.py::test_every_process_has_it",
     *(
         f"tests/model/test_layouts.py::test_one_step_equals_one_process[{case}]"
-        for case in ("tp2_sp_full_recompute_dropout", "pp2_vpp2_dropout", "tp2_cp2_sp_selective", "tp2_cp2_sp_vision")
+        for case in ("tp2_sp_full_recompute_dropout", "pp2_vpp2_dropout", "tp2_cp2_sp_vision", "cp3_ring_dropout")
     ),
     "tests/checkpoint/test_load.py",
-    "tests/checkpoint/test_vlm.py",
     "tests/train/test_layouts.py::test_losses_and_gradients_equal_those_of_one_process[pp2_vpp2-trainable_vision]",
-    "tests/train/test_layouts.py::test_losses_and_gradients_equal_those_of_one_process[tp2_sp-trainable_vision]",
 )
 
 
@@ -44,7 +42,7 @@ def test_every_process_has_it(pool):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_newest_supported_version(tmp_path):
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
     wheel = ["--ignore-requires-python", "--python-version", "3.12", "--only-binary=:all:"]
@@ -57,6 +55,6 @@ def test_newest_supported_version(tmp_path):
         "EXPECTED_MEGATRON": NEWEST,
     }
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHOSEN]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     print(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint import record, save
@@ -54,8 +55,10 @@ class Saver:
         with together("preparing the checkpoint"):
             documents = record.documents(self._config, state)
         self._snapshot.take(models, optimizer)
+        device = torch.cuda.current_device()
 
         def write() -> None:
+            torch.cuda.set_device(device)  # a thread begins with the node's first GPU
             contents = self._snapshot.contents()
             save.write(self._directory, contents, documents, step, self._config.checkpoint, group=self._group)
             self.took_s = time.monotonic() - began

@@ -32,7 +32,7 @@ def start(run: RunConfig) -> str:
 
     Call it before Megatron is imported. Gives the backend: gloo on a CPU, nccl on CUDA. Reads torchrun's variables;
     without them the world is this process alone, and no port is opened.
-    Raises ValueError where `run.device` is cuda and there is none.
+    Raises ValueError where `run.device` is cuda and there is none, or fewer than processes.
     """
     if run.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but torch finds no CUDA device here. Set run.device=cpu or auto.")
@@ -42,7 +42,7 @@ def start(run: RunConfig) -> str:
     if on_cpu:
         cpu.enable("cpu")
     else:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(own_device(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()))
     backend = "gloo" if on_cpu else "nccl"
     if not dist.is_initialized():
         timeout = timedelta(seconds=TIMEOUT_S)
@@ -51,6 +51,19 @@ def start(run: RunConfig) -> str:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return backend
+
+
+def own_device(local_rank: int, devices: int) -> int:
+    """The number of this process's GPU among the `devices` that it sees: one alone is its own, whoever dealt them.
+
+    Raises ValueError where a node has more processes than GPUs.
+    """
+    if devices > 1 and local_rank >= devices:
+        raise ValueError(
+            f"process {local_rank} of this node sees {devices} GPUs: start one process for each (NPROC={devices}, or "
+            f"sbatch --ntasks-per-node={devices})."
+        )
+    return local_rank if devices > 1 else 0
 
 
 def speaks(error: str) -> bool:
