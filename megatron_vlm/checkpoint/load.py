@@ -59,7 +59,10 @@ def load(
     with unpickle.only_weights(), reading:
         loaded = dist_checkpointing.load(contents, str(record.path))
     for index, model in enumerate(models):
-        sharded.unwrap(model).load_state_dict(loaded[f"model{index}"], strict=True)
+        bare, found = sharded.unwrap(model), loaded[f"model{index}"]
+        # None: Transformer Engine's layers keep what they have.
+        extra = {name: None for name in bare.state_dict() if name.endswith("_extra_state")}
+        bare.load_state_dict(extra | found, strict=True)
     if optimizer is not None and sharded.trains(optimizer):
         sharded.fill_optimizer(optimizer, loaded["optimizer"])
     return record.state

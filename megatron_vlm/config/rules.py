@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
-from megatron_vlm.config import duration, geometry, presets
+from megatron_vlm.config import duration, fp8, geometry, presets
 from megatron_vlm.config.architecture import COMPONENTS, Architecture
 from megatron_vlm.config.context import head_ranks
 from megatron_vlm.config.keys import keys
@@ -27,8 +27,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.prompts": ("style_and_length", "style"),
     "data.bad_samples": ("stop", "skip"),
     "data.loss_weighting": ("uniform", "root_subsegments", "root_tokens"),
-    "train.precision": ("float32", "bf16"),
+    "train.precision": ("float32", "bf16", "fp8"),
     "train.recompute": ("none", "selective", "full"),
+    "fp8.recipe": tuple(fp8.MULTIPLE),
+    "fp8.format": ("hybrid", "e4m3"),
     "kernels.spec": ("auto", "local", "transformer_engine"),
     "kernels.norm": ("auto", "torch", "apex", "transformer_engine"),
     "kernels.optimizer": ("auto", "torch", "apex", "transformer_engine"),
@@ -321,6 +323,7 @@ def _tasks(config: Config, arch: Architecture, world: int) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
+    fp8.problems,
     _world,
     _tensor,
     _vision,

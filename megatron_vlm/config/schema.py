@@ -152,7 +152,7 @@ class TrainConfig:
     seed: int = 6198
     """Keys weight initialisation and dropout."""
     precision: str = "float32"
-    """float32 or bf16."""
+    """float32, bf16, or fp8: bf16 with the layers that the section fp8 names in FP8."""
     recompute: str = "none"
     """Activations recomputed in backward: none, selective (core attention) or full (whole layers)."""
     z_loss: float = 1e-4
@@ -185,6 +185,23 @@ class KernelsConfig:
     """blocks: torch's attention, piece by piece, on any device; flex: FlexAttention, compiled; flash: flash-attn for
     rows of text alone and for the vision tower, flex for the others. auto: on CUDA flash if it is installed, else flex;
     on a CPU blocks."""
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """What train.precision=fp8 computes in FP8: linear layers of Transformer Engine, forward and backward."""
+
+    recipe: str = "tensorwise"
+    """How numbers are scaled: tensorwise (a scale for each tensor, from its numbers), delayed (from those of earlier
+    steps, which a resumed run has to see anew), blockwise (Hopper; blocks of 128), mxfp8 (Blackwell; blocks of 32)."""
+    format: str = "hybrid"
+    """e4m3, or hybrid: e4m3, and e5m2 for gradients."""
+    components: tuple[str, ...] = ("language",)
+    """Parts of the model: language, vision. All others stay in bf16."""
+    first_layers_bf16: int = 1
+    """Decoder layers at the start that stay in bf16."""
+    last_layers_bf16: int = 1
+    """Decoder layers at the end that stay in bf16."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +371,8 @@ class Config:
     """What is read."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it trains."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """What is computed in FP8."""
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     """Whose code computes what."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -366,3 +385,8 @@ class Config:
     """When to evaluate."""
     log: LogConfig = field(default_factory=LogConfig)
     """What to log."""
+
+    def alone(self) -> Config:
+        """The same model in one process of any machine: no layout, no package's kernels, bf16 in the place of FP8."""
+        train = replace(self.train, precision="bf16" if self.train.precision == "fp8" else self.train.precision)
+        return replace(self, parallel=ParallelConfig(), kernels=KernelsConfig(), fp8=Fp8Config(), train=train)

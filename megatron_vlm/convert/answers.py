@@ -21,7 +21,6 @@ from megatron_vlm.checkpoint import load
 from megatron_vlm.config import load as config_load
 from megatron_vlm.config.architecture import VISION_TOKENS, Architecture
 from megatron_vlm.config.geometry import Layout, VideoLayout
-from megatron_vlm.config.schema import KernelsConfig, ParallelConfig
 from megatron_vlm.convert.probe import Sample, packed
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel import groups
@@ -65,7 +64,7 @@ def ours(checkpoint: str | Path, chosen: Sequence[Sample]) -> Answer:
     record = load.read(checkpoint)
     config = config_load.from_dict(record.config, f"in the checkpoint {record.path}")
     train = dataclasses.replace(config.train, precision="float32", recompute="none")
-    config = dataclasses.replace(config, parallel=ParallelConfig(), kernels=KernelsConfig(), train=train)
+    config = dataclasses.replace(config.alone(), train=train)
     (model,) = build(config, Ranks(1))
     load.load(record.path, models=[model], config=config)
     batch, places = packed(model.arch, chosen)

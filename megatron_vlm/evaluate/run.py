@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from megatron_vlm.checkpoint import load as checkpoint
 from megatron_vlm.config import load as config_load
 from megatron_vlm.config import presets
-from megatron_vlm.config.schema import Config, KernelsConfig, ParallelConfig
+from megatron_vlm.config.schema import Config
 from megatron_vlm.data import manifest as manifests
 from megatron_vlm.data.example import Example
 from megatron_vlm.data.shards import Shards
@@ -50,7 +49,7 @@ def load(checkpoint_path: str | Path, *, trained: bool = True) -> Trained:
     """
     record = checkpoint.read(checkpoint_path)
     config = config_load.from_dict(record.config, f"in the checkpoint {record.path}")
-    config = dataclasses.replace(config, parallel=ParallelConfig(), kernels=KernelsConfig())
+    config = config.alone()
     arch = presets.architecture(config.model)
     checkpoint.check_architecture(record, config)
     (model,) = build(config, Layout(1))

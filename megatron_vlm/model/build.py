@@ -21,7 +21,7 @@ from megatron_vlm.parallel import cpu, groups
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.split import even_counts
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def build(config: Config, layout: Layout) -> list[VlmModel]:
@@ -101,7 +101,9 @@ def _stage(
     train, attention = config.train, attention_kernels.of(config)
     return VlmModel(
         arch,
-        vision=VisionTower(arch.vision, arch.connector.taps, settings, encoder, attention) if first else None,
+        vision=VisionTower(arch.vision, arch.connector.taps, settings | fp8(config, "vision"), encoder, attention)
+        if first
+        else None,
         connector=build_connector(arch, settings, encoder) if first else None,
         language=Language(
             arch.language,
@@ -150,6 +152,21 @@ def _common_settings(config: Config) -> dict[str, Any]:
     return {**settings, **recompute[config.train.recompute]}
 
 
+def fp8(config: Config, component: str) -> dict[str, Any]:
+    """PartConfig arguments for the layers of a component that are computed in FP8 (config/fp8.py)."""
+    policy = config.fp8
+    if config.train.precision != "fp8" or component not in policy.components:
+        return {}
+    first, last = (policy.first_layers_bf16, policy.last_layers_bf16) if component == "language" else (0, 0)
+    return {
+        "fp8": policy.format,
+        "fp8_recipe": policy.recipe,
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+
+
 def _language_config(arch: Architecture, config: Config, layout: Layout, settings: dict[str, Any]) -> PartConfig:
     """The decoder's configuration, which is also the one that Megatron's schedules read."""
     decoder = arch.language
@@ -164,6 +181,7 @@ def _language_config(arch: Architecture, config: Config, layout: Layout, setting
     return PartConfig(
         **settings,
         **pipeline,
+        **fp8(config, "language"),
         num_layers=decoder.layers,
         hidden_size=decoder.hidden,
         num_attention_heads=decoder.heads,

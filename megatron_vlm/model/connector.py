@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 from torch import nn
 
@@ -24,7 +23,8 @@ from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.model import replicated
 from megatron_vlm.model.activation import SwiGlu
 from megatron_vlm.model.full_attention import FullAttention
-from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_vlm.model.kernels import PartConfig
+from megatron_vlm.model.linear import ColumnParallelLinear, of
 from megatron_vlm.model.pooling import WindowAttention, WindowAttentionSubmodules, WindowMean
 from megatron_vlm.model.resampler import Resampler
 
@@ -39,7 +39,7 @@ class Connector(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: PartConfig,
         pooling: nn.Module,
         projector: nn.Module,
         vectors: int,
@@ -86,12 +86,12 @@ def _width_in(arch: Architecture) -> int:
     return arch.vision.width * max(1, len(arch.connector.taps))
 
 
-def _config(settings: Settings, groups: ProcessGroupCollection, **sizes: Any) -> TransformerConfig:
+def _config(settings: Settings, groups: ProcessGroupCollection, **sizes: Any) -> PartConfig:
     init = init_method_normal(INIT_STD)
     return replicated.config(settings, groups, init_method=init, output_layer_init_method=init, **sizes)
 
 
-def _attention_config(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> TransformerConfig:
+def _attention_config(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> PartConfig:
     connector = arch.connector
     if connector.width % connector.heads:
         raise ValueError(f"a connector {connector.width} wide cannot have {connector.heads} heads of equal size.")
@@ -110,18 +110,19 @@ def _attention_config(arch: Architecture, settings: Settings, groups: ProcessGro
 
 def _projector_config(
     arch: Architecture, settings: Settings, groups: ProcessGroupCollection, **sizes: Any
-) -> TransformerConfig:
+) -> PartConfig:
     heads = groups.tp.size()  # there is no attention; Megatron wants heads for every tensor-parallel rank
     return _config(settings, groups, num_layers=1, hidden_size=arch.language.hidden, num_attention_heads=heads, **sizes)
 
 
-def _mlp(config: TransformerConfig, width_in: int, groups: ProcessGroupCollection) -> MLP:
+def _mlp(config: PartConfig, width_in: int, groups: ProcessGroupCollection) -> MLP:
+    linears = of(config)
     return MLP(
         config,
         MLPSubmodules(
-            linear_fc1=ColumnParallelLinear,
+            linear_fc1=linears.column,
             activation_func=SwiGlu if config.gated_linear_unit else None,
-            linear_fc2=RowParallelLinear,
+            linear_fc2=linears.row,
         ),
         input_size=width_in,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -129,7 +130,8 @@ def _mlp(config: TransformerConfig, width_in: int, groups: ProcessGroupCollectio
     )
 
 
-def _linear(config: TransformerConfig, width_in: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+def _linear(config: PartConfig, width_in: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+    # Megatron's whatever the spec: Transformer Engine's gathers no outputs.
     return ColumnParallelLinear(
         width_in,
         config.hidden_size,
@@ -142,13 +144,15 @@ def _linear(config: TransformerConfig, width_in: int, groups: ProcessGroupCollec
 
 def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """Molmo2: attention over the window from its mean, then a SwiGLU projector ([gate; up] rows) without bias."""
+    attention = _attention_config(arch, settings, groups)
+    linears = of(attention)
     pooling = WindowAttention(
-        _attention_config(arch, settings, groups),
+        attention,
         WindowAttentionSubmodules(
-            linear_q=ColumnParallelLinear,
-            linear_kv=ColumnParallelLinear,
+            linear_q=linears.column,
+            linear_kv=linears.column,
             core_attention=FullAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=linears.row,
         ),
         _width_in(arch),
         groups,

@@ -21,6 +21,10 @@ _INSTALL = {
 }
 
 
+#: Least compute capability, and the largest major version that has the recipe's instructions.
+CAPABILITY = {"tensorwise": ((8, 9), 99), "delayed": ((8, 9), 99), "blockwise": ((9, 0), 99), "mxfp8": ((10, 0), 10)}
+
+
 @dataclass(frozen=True)
 class Kernels:
     """What was chosen."""
@@ -46,7 +50,17 @@ def choose(config: Config) -> Kernels:
     Raises ValueError, saying what to install, where a setting names what is not there.
     """
     asked, fast = config.kernels, not cpu.enabled()
-    spec, why_spec = _pick("spec", asked.spec, ("transformer_engine", "local"), fast)
+    if config.train.precision == "fp8":
+        # Megatron ignores FP8 without a word where Transformer Engine is missing.
+        if asked.spec == "local":
+            raise ValueError(
+                "train.precision=fp8 needs kernels.spec=transformer_engine (or auto): the layers of the spec local "
+                "have no FP8."
+            )
+        spec, why_spec = _pick("spec", "transformer_engine", (), fast)[0], "train.precision=fp8"
+        _check_fp8(config.fp8.recipe)
+    else:
+        spec, why_spec = _pick("spec", asked.spec, ("transformer_engine", "local"), fast)
     order = ("transformer_engine", "apex", "torch") if spec == "transformer_engine" else ("apex", "torch")
     norm, why_norm = _pick("norm", asked.norm, order, fast)
     optimizer, why_optimizer = _pick("optimizer", asked.optimizer, ("transformer_engine", "apex", "torch"), fast)
@@ -76,6 +90,19 @@ def _pick(name: str, asked: str, order: tuple[str, ...], fast: bool) -> tuple[st
         if not fault:
             return each, f"{_version(each)} is installed"
     return last, "; ".join(faults)
+
+
+def _check_fp8(recipe: str) -> None:
+    """Raises ValueError where the GPU has no instructions for the recipe."""
+    least, newest = CAPABILITY[recipe]
+    found = torch.cuda.get_device_capability()
+    if found < least or found[0] > newest:
+        fits = [name for name, (low, high) in CAPABILITY.items() if low <= found and found[0] <= high]
+        raise ValueError(
+            f"fp8.recipe={recipe} needs a GPU of compute capability {least[0]}.{least[1]}"
+            f"{' to ' + str(newest) + '.x' if newest < 99 else ' or higher'}; this one has {found[0]}.{found[1]}. "
+            f"It can do: {', '.join(fits) or 'no FP8; set train.precision=bf16'}."
+        )
 
 
 _NAMES = {"transformer_engine": "Transformer Engine", "apex": "apex"}

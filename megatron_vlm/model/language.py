@@ -10,13 +10,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_vlm.config.architecture import LanguageArchitecture
 from megatron_vlm.model import rotary
 from megatron_vlm.model.attention_kernels import AttentionKernels
 from megatron_vlm.model.dropout import DropoutSettings
+from megatron_vlm.model.kernels import PartConfig
 from megatron_vlm.model.linear import mark_sharded
 from megatron_vlm.model.norm import RMSNorm
 from megatron_vlm.model.specs import decoder_layer
@@ -28,7 +28,7 @@ class Embedding(MegatronModule):
     Never padded: exported and converted tables have exactly the rows of the source.
     """
 
-    def __init__(self, arch: LanguageArchitecture, config: TransformerConfig, groups: ProcessGroupCollection):
+    def __init__(self, arch: LanguageArchitecture, config: PartConfig, groups: ProcessGroupCollection):
         super().__init__(config)
         self.vocab_size = arch.vocab_size
         self.tp_group = groups.tp
@@ -56,7 +56,7 @@ class Language(MegatronModule):
     def __init__(
         self,
         arch: LanguageArchitecture,
-        config: TransformerConfig,
+        config: PartConfig,
         groups: ProcessGroupCollection,
         dropout: DropoutSettings,
         *,
@@ -73,7 +73,7 @@ class Language(MegatronModule):
         self.embedding = Embedding(arch, config, groups) if pre_process else None
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules([decoder_layer(arch, dropout, attention)] * layers, RMSNorm),
+            TransformerBlockSubmodules([decoder_layer(arch, config, dropout, attention)] * layers, RMSNorm),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
@@ -120,9 +120,7 @@ class Language(MegatronModule):
         return self.decoder(hidden, attention_mask=marks, rotary_pos_emb=table)
 
 
-def _head(
-    arch: LanguageArchitecture, config: TransformerConfig, groups: ProcessGroupCollection
-) -> ColumnParallelLinear:
+def _head(arch: LanguageArchitecture, config: PartConfig, groups: ProcessGroupCollection) -> ColumnParallelLinear:
     return ColumnParallelLinear(
         arch.hidden, arch.vocab_size, config=config, init_method=config.init_method, bias=False, tp_group=groups.tp
     )

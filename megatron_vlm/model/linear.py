@@ -7,10 +7,47 @@ accumulation of weight gradients (a CUDA extension), they are Megatron's to the 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
+
+from megatron_vlm.model.kernels import PartConfig
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linear layers of one spec, and the norms before two of them."""
+
+    column: type
+    row: type
+    normed_column: type
+    """Before which `norm` stands."""
+    norm: Callable[[type], type]
+    """What stands in the slot of a norm before a `normed_column`."""
+    keys: dict[str, str]
+    """Names in a layer -> names in checkpoints, which are those of the local spec."""
+
+
+def of(config: PartConfig) -> Linears:
+    """Those that `config.kernels.spec` names."""
+    if config.kernels.spec == "local":
+        return Linears(ColumnParallelLinear, RowParallelLinear, ColumnParallelLinear, lambda norm: norm, {})
+    from megatron.core.extensions import transformer_engine as te
+
+    return Linears(
+        te.TEColumnParallelLinear,
+        te.TERowParallelLinear,
+        te.TELayerNormColumnParallelLinear,
+        lambda norm: IdentityOp,
+        {
+            "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+            "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+        },
+    )
 
 
 class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):

@@ -80,6 +80,7 @@ class WindowAttention(MegatronModule):
         self.tp_group = groups.tp
         width, self.head_size = config.hidden_size, config.kv_channels
         common = {"config": config, "init_method": config.init_method, "bias": True, "skip_bias_add": False}
+        common |= {"is_expert": False}  # Transformer Engine's have no default for it
         column = {**common, "gather_output": False, "tp_group": groups.tp}
         self.linear_q = build_module(submodules.linear_q, width_in, width, **column)
         self.linear_kv = build_module(submodules.linear_kv, width_in, 2 * width, **column)

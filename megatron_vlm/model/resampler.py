@@ -21,30 +21,32 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from megatron_vlm.model import linear
 from megatron_vlm.model.full_attention import FullAttention
-from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_vlm.model.kernels import PartConfig
+from megatron_vlm.model.linear import ColumnParallelLinear
 from megatron_vlm.model.norm import LayerNorm
 from megatron_vlm.model.pooling import take, visible_slots
 
 
-def layer_spec(groups: ProcessGroupCollection) -> ModuleSpec:
+def layer_spec(config: PartConfig, groups: ProcessGroupCollection) -> ModuleSpec:
     """A pre-norm layer: self-attention among the queries, cross-attention to the patches, MLP."""
+    linears = linear.of(config)
     # CrossAttention does not hand its groups to these two layers, which then would take Megatron's global ones.
-    column = partial(ColumnParallelLinear, tp_group=groups.tp)
+    column = partial(linears.column, tp_group=groups.tp)
     full = {"attn_mask_type": AttnMaskType.no_mask}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=linears.norm(LayerNorm),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params=full,
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=FullAttention, linear_proj=RowParallelLinear
+                    linear_qkv=linears.normed_column, core_attention=FullAttention, linear_proj=linears.row
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -53,15 +55,16 @@ def layer_spec(groups: ProcessGroupCollection) -> ModuleSpec:
                 module=CrossAttention,
                 params=full,
                 submodules=CrossAttentionSubmodules(
-                    linear_q=column, linear_kv=column, core_attention=FullAttention, linear_proj=RowParallelLinear
+                    linear_q=column, linear_kv=column, core_attention=FullAttention, linear_proj=linears.row
                 ),
             ),
             cross_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
+            pre_mlp_layernorm=linears.norm(LayerNorm),
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP, submodules=MLPSubmodules(linear_fc1=linears.normed_column, linear_fc2=linears.row)
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=linears.keys,
         ),
     )
 
@@ -69,7 +72,7 @@ def layer_spec(groups: ProcessGroupCollection) -> ModuleSpec:
 class Resampler(MegatronModule):
     """Projects patches to `config.hidden_size`; `queries` learned vectors then read them through a TransformerBlock."""
 
-    def __init__(self, config: TransformerConfig, width_in: int, queries: int, groups: ProcessGroupCollection):
+    def __init__(self, config: PartConfig, width_in: int, queries: int, groups: ProcessGroupCollection):
         super().__init__(config)
         self.tp_group = groups.tp
         self.queries = nn.Parameter(torch.empty(queries, config.hidden_size, dtype=config.params_dtype))
@@ -83,7 +86,7 @@ class Resampler(MegatronModule):
             gather_output=True,
             tp_group=groups.tp,
         )
-        layers = [layer_spec(groups)] * config.num_layers
+        layers = [layer_spec(config, groups)] * config.num_layers
         self.block = TransformerBlock(
             config, TransformerBlockSubmodules(layers, LayerNorm), post_layer_norm=True, pg_collection=groups
         )

@@ -12,47 +12,56 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vlm.config.architecture import LanguageArchitecture
+from megatron_vlm.model import linear
 from megatron_vlm.model.activation import SwiGlu
 from megatron_vlm.model.attention import PackedAttention
 from megatron_vlm.model.attention_kernels import AttentionKernels
 from megatron_vlm.model.dropout import BiasDropoutAdd, DropoutSettings
-from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_vlm.model.kernels import PartConfig
 from megatron_vlm.model.norm import RMSNorm
 from megatron_vlm.model.rotary import NormedRotary, Rotary
 from megatron_vlm.parallel import context
 
 
 def decoder_layer(
-    arch: LanguageArchitecture, dropout: DropoutSettings, attention: AttentionKernels | None = None
+    arch: LanguageArchitecture,
+    config: PartConfig,
+    dropout: DropoutSettings,
+    attention: AttentionKernels | None = None,
 ) -> ModuleSpec:
-    """A pre-norm decoder layer: attention under the mask rule, then SwiGLU."""
+    """A pre-norm decoder layer: attention under the mask rule, then SwiGLU.
+
+    Attention, rotary embedding, SwiGLU and dropout are ours whatever `config.kernels.spec` is.
+    """
+    linears = linear.of(config)
     add = ModuleSpec(module=BiasDropoutAdd, params={"settings": dropout})
     heads = NormedRotary if arch.qk_norm else Rotary
     return ModuleSpec(
         module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=linears.norm(RMSNorm),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 # Only a label here: PackedAttention has its own rule.
                 params={"attn_mask_type": AttnMaskType.arbitrary},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linears.normed_column,
                     core_attention=ModuleSpec(module=PackedAttention, params={"kernels": attention}),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                     q_layernorm=heads,
                     k_layernorm=heads,
                 ),
             ),
             self_attn_bda=add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=linears.norm(RMSNorm),
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, activation_func=SwiGlu, linear_fc2=RowParallelLinear
+                    linear_fc1=linears.normed_column, activation_func=SwiGlu, linear_fc2=linears.row
                 ),
             ),
             mlp_bda=add,
+            sharded_state_dict_keys_map=linears.keys,
         ),
     )
 

@@ -29,7 +29,7 @@ def tidy(state: ShardedStateDict, prefix: str, language: Language, metadata: dic
     state = {
         key: value
         for key, value in state.items()
-        if not (isinstance(value, ShardedObject) and key.endswith("_extra_state") and value.data is None)
+        if not (isinstance(value, ShardedObject) and key.endswith("_extra_state") and _empty(value.data))
     }
     if language.tied_head is not None:
         key = f"{prefix}language.tied_head.weight"
@@ -44,6 +44,11 @@ def tidy(state: ShardedStateDict, prefix: str, language: Language, metadata: dic
             dp_cp_group=group,
         )
     return state
+
+
+def _empty(extra_state: torch.Tensor | None) -> bool:
+    """Transformer Engine's layers have a tensor without numbers where there is nothing to keep."""
+    return extra_state is None or not extra_state.numel()
 
 
 def shards(models: Iterable[MegatronModule]) -> Iterator[ShardedTensor]:

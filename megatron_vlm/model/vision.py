@@ -30,10 +30,10 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from megatron_vlm.config.architecture import VisionArchitecture
-from megatron_vlm.model import replicated
+from megatron_vlm.model import linear, replicated
 from megatron_vlm.model.attention_kernels import AttentionKernels
 from megatron_vlm.model.full_attention import CropAttention
-from megatron_vlm.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_vlm.model.kernels import PartConfig
 from megatron_vlm.model.norm import LayerNorm
 
 
@@ -50,30 +50,32 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 ACTIVATIONS = {"gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
-def layer_spec(tokens: int, kernel: str) -> ModuleSpec:
+def layer_spec(tokens: int, config: PartConfig, kernel: str) -> ModuleSpec:
     """A pre-norm layer: self-attention inside each crop of `tokens`, then a two-layer MLP, with biases.
 
     kernel: of CropAttention.
     """
+    linears = linear.of(config)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=LayerNorm,
+            input_layernorm=linears.norm(LayerNorm),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linears.normed_column,
                     core_attention=ModuleSpec(module=CropAttention, params={"tokens": tokens, "kernel": kernel}),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linears.row,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=LayerNorm,
+            pre_mlp_layernorm=linears.norm(LayerNorm),
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP, submodules=MLPSubmodules(linear_fc1=linears.normed_column, linear_fc2=linears.row)
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=linears.keys,
         ),
     )
 
@@ -123,7 +125,7 @@ class VisionTower(MegatronModule):
         ends = sorted({tap + 1 for tap in taps}) or [depth]
         #: First layer of each block, and the layer after its last.
         self.cuts = tuple(zip([0, *ends[:-1]], ends, strict=True))
-        spec = layer_spec(tokens, (attention or AttentionKernels()).crops)
+        spec = layer_spec(tokens, config, (attention or AttentionKernels()).crops)
         post_norm = not taps and arch.post_norm
         self.blocks = nn.ModuleList(
             TransformerBlock(

@@ -19,7 +19,8 @@ from megatron_vlm.plan.layers import FLOAT, INDEX, Load, Settings
 from megatron_vlm.plan.parts import Parts
 from megatron_vlm.plan.tape import Profile
 
-ELEMENT = {"float32": 4, "bf16": 2}
+#: Bytes of a number. FP8 weights are cast from bf16 ones step by step; what is kept of activations counts as bf16.
+ELEMENT = {"float32": 4, "bf16": 2, "fp8": 2}
 #: Rows whose attention plans the model keeps, and the float32 numbers of masks it keeps per token of them.
 PLANNED_ROWS, MASK_NUMBERS = 16, 512
 

@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vlm.config.schema import Config
 from megatron_vlm.plan import sweep
 from megatron_vlm.plan.collectives import Collective, group_shape
 from megatron_vlm.plan.hardware import FRAGMENTATION, GIB, RESERVED
@@ -107,12 +108,16 @@ def _parts(plan: Plan, change: Change | None) -> list[RenderableType]:
         f"{config.run.name}: {config.model.preset} on {cluster.nodes} x {cluster.per_node} {cluster.gpu.name}\n"
         f"layout: tensor {layout.tensor}{' with sequence' if config.parallel.sequence and layout.tensor > 1 else ''}, "
         f"context {layout.context}, pipeline {layout.pipeline} x {layout.virtual_pipeline}, data {layout.data}; "
-        f"{config.train.precision}, recompute {config.train.recompute}; {config.train.global_batch} rows a step "
+        f"{_precision(config)}, recompute {config.train.recompute}; {config.train.global_batch} rows a step "
         f"in {time.micro_batches} micro-batches of {config.train.micro_batch}\n"
         f"row: {row.tokens:,} tokens, {row.crops} {'frames' if row.video else 'crops'} ({row.image_tokens:,} image "
         f"tokens), {row.loss_tokens:,} tokens with a loss, {row.examples} example(s)\n"
     )
     return [Text(head), _memory_table(plan), _bars(plan), _time_text(plan), _talk_table(plan), _verdict(plan, change)]
+
+
+def _precision(config: Config) -> str:
+    return "fp8 (times and memory as for bf16)" if config.train.precision == "fp8" else config.train.precision
 
 
 def _gib(size: float) -> str:

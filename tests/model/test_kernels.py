@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from megatron_vlm.config.schema import Config, KernelsConfig
+from megatron_vlm.config.schema import Config, Fp8Config, KernelsConfig, TrainConfig
 from tests.model import tiny
 
 #: A package that looks like NVIDIA's apex from outside; its optimizer is torch's under apex's signature.
@@ -146,3 +146,32 @@ def test_fused_gradients_are_switched_on_where_they_exist(one_rank, install):
     linear.fuse_gradients(model)
     assert fc1.gradient_accumulation_fusion and not linear._alone(fc1)
     assert torch.is_tensor(model.language.head.weight) and model.language.head.gradient_accumulation_fusion
+
+
+def test_fp8_is_never_ignored(monkeypatch):
+    """Megatron trains in bf16 without a word where Transformer Engine is missing."""
+    from megatron_vlm.model import kernels
+
+    config = Config(train=TrainConfig(precision="fp8"))
+    with pytest.raises(ValueError, match=r"kernels\.spec=transformer_engine, but Transformer Engine is not installed"):
+        kernels.choose(config)
+    with pytest.raises(ValueError, match=r"fp8 needs kernels\.spec=transformer_engine"):
+        kernels.choose(dataclasses.replace(config, kernels=KernelsConfig(spec="local")))
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe", "words"),
+    [
+        ((8, 0), "tensorwise", r"needs a GPU of compute capability 8\.9 or higher; this one has 8\.0\. .* no FP8"),
+        ((8, 9), "blockwise", r"9\.0 or higher; this one has 8\.9\. It can do: tensorwise, delayed\."),
+        ((9, 0), "mxfp8", r"10\.0 to 10\.x; this one has 9\.0\. It can do: tensorwise, delayed, blockwise\."),
+        ((12, 0), "mxfp8", r"10\.0 to 10\.x; this one has 12\.0\."),
+    ],
+)
+def test_a_gpu_that_cannot_do_the_recipe_is_refused(monkeypatch, capability, recipe, words):
+    from megatron_vlm.model import kernels
+
+    monkeypatch.setattr(kernels, "missing", lambda package: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with pytest.raises(ValueError, match=words):
+        kernels.choose(Config(train=TrainConfig(precision="fp8"), fp8=Fp8Config(recipe=recipe)))

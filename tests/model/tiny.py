@@ -41,13 +41,21 @@ def connector(kind: str, queries: int = 3, layers: int = 1) -> Architecture:
     return dataclasses.replace(ARCH, connector=changed)
 
 
-def config(arch: Architecture, *, freeze: tuple[str, ...] = (), parallel: dict | None = None, **train) -> Config:
-    """Settings for a model of `arch`, which becomes the preset `test`."""
+def config(
+    arch: Architecture,
+    *,
+    freeze: tuple[str, ...] = (),
+    parallel: dict | None = None,
+    sections: dict | None = None,
+    **train,
+) -> Config:
+    """Settings for a model of `arch`, which becomes the preset `test`. `sections`: whole sections of settings."""
     presets.PRESETS["test"] = arch
     return Config(
         model=ModelConfig(preset="test", freeze=freeze),
         parallel=ParallelConfig(**(parallel or {})),
         train=TrainConfig(**{"logit_chunk": 7, "seed": 1, **train}),
+        **(sections or {}),
     )
 
 

@@ -1,0 +1,240 @@
+"""One process of the checks in test_te_reference.py: `check.py FOLDER STORE WORLD RANK`; prints findings as JSON.
+
+FOLDER: where stub.PACKAGES were installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.te_reference import stub  # noqa: E402
+
+folder, store, world, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+stub.install(folder)
+
+from megatron_vlm.parallel import cpu  # noqa: E402
+
+cpu.enable("cpu")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from megatron_vlm.config.schema import Fp8Config, KernelsConfig  # noqa: E402
+from megatron_vlm.model import build, state  # noqa: E402
+from megatron_vlm.parallel import groups  # noqa: E402
+from megatron_vlm.parallel.layout import Layout  # noqa: E402
+from tests.model import layouts, tiny  # noqa: E402
+
+#: Every kind of parameter, and sizes that FP8 takes at TP 2.
+ARCH = dataclasses.replace(tiny.ARCH, language=dataclasses.replace(tiny.LANGUAGE, qkv_bias=True, mlp=96))
+#: torch.AdamW: TE's fused one has kernels of its own.
+SPECS = {spec: {"kernels": KernelsConfig(spec=spec, optimizer="torch")} for spec in ("local", "transformer_engine")}
+
+
+def both(parallel: dict[str, Any], arch: Any = ARCH, **options: Any) -> dict[str, dict[str, Any]]:
+    """A step of either spec on this layout."""
+    return {spec: step(parallel, sections, arch, **options) for spec, sections in SPECS.items()}
+
+
+def step(parallel: dict[str, Any], sections: dict[str, Any], arch: Any = ARCH, **options: Any) -> dict[str, Any]:
+    """One step: loss, gradients and initial weights of this rank."""
+    try:
+        return layouts.step(
+            arch, Layout(world, tensor=parallel.get("tensor", 1)), parallel, {"sections": sections, **options}
+        )
+    finally:
+        groups.destroy()
+
+
+def gathered(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank found."""
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, found)
+    return everyone
+
+
+def compared(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Names and shapes, initial weights, losses and gradients of the two."""
+    ranks = {spec: gathered(one) for spec, one in found.items()}
+    local, te = ({what: layouts.assemble(ranks[spec], what) for what in ("weights", "gradients")} for spec in SPECS)
+    losses = [sum(one["loss"] for one in ranks[spec]) for spec in SPECS]
+    parts = [{(key, shape, start, tuple(v.shape)) for key, shape, start, v in found[spec]["weights"]} for spec in SPECS]
+    return {
+        "same names and shapes": parts[0] == parts[1],
+        "tensors": len(parts[0]),
+        "same weights": all(torch.equal(local["weights"][key], values) for key, values in te["weights"].items()),
+        "loss": abs(losses[0] - losses[1]) / abs(losses[0]),
+        "gradients": layouts.worst(te["gradients"], local["gradients"]),
+    }
+
+
+@contextmanager
+def built(change: Callable[[Any], None]) -> Iterator[None]:
+    """Models get other norm weights than ones, the same for both specs, and then `change`."""
+    original = build.build
+
+    def changed(config: Any, layout: Layout) -> list[Any]:
+        models = original(config, layout)
+        for shard in state.shards(models):
+            if shard.data.dim() == 1 and "norm" in shard.key and shard.key.endswith("weight"):
+                generator = torch.Generator().manual_seed(zlib.crc32(shard.key.encode()))
+                shard.data.data.copy_(1 + 0.3 * torch.randn(shard.data.shape, generator=generator))
+        if config.kernels.spec != "local":
+            for module in (module for model in models for module in model.modules()):
+                change(module)
+        return models
+
+    build.build = changed
+    try:
+        yield
+    finally:
+        build.build = original
+
+
+def marks(parallel: dict[str, Any]) -> bool:
+    """Whether both specs tell Megatron the same of each parameter: sharded, summed, averaged over which ranks."""
+    names = ("tensor_model_parallel", "sequence_parallel", "average_gradients_across_tp_domain")
+    found = []
+    for sections in SPECS.values():
+        layout = Layout(world, tensor=world)
+        groups.initialize(layout, seed=0, timeout_s=50)
+        models = build.build(tiny.config(ARCH, parallel=parallel, sections=sections), layout)
+        found.append(
+            {shard.key: [bool(getattr(shard.data, name, False)) for name in names] for shard in state.shards(models)}
+        )
+        groups.destroy()
+    return found[0] == found[1]
+
+
+def swap_norms(module: Any) -> None:
+    """The norm before attention in the place of the one before the MLP."""
+    if hasattr(module, "self_attention") and hasattr(module, "mlp"):
+        one, other = module.self_attention.linear_qkv.layer_norm_weight, module.mlp.linear_fc1.layer_norm_weight
+        one.data, other.data = other.data.clone(), one.data.clone()
+
+
+def swap_gate_and_up(module: Any) -> None:
+    """[gate; up] as [up; gate]."""
+    if getattr(module, "linear_fc1", None) is not None and module.config.gated_linear_unit:
+        weight = module.linear_fc1.weight
+        weight.data = torch.cat(weight.data.chunk(2)[::-1])
+
+
+def centre_norms(module: Any) -> None:
+    """Weights of norms taken for what is added to 1."""
+    if hasattr(module, "zero_centered_gamma"):
+        module.zero_centered_gamma = True
+
+
+def trained(precision: str, sections: dict[str, Any], steps: int = 8) -> tuple[list[float], list[str]]:
+    """Losses of steps on one batch, and the linear layers that computed in FP8."""
+    from megatron_vlm.train import optim
+    from megatron_vlm.train.step import Stepper
+
+    layout = Layout(world, tensor=world)
+    parallel = {"tensor": world, "sequence": world > 1}
+    config = tiny.config(ARCH, parallel=parallel, precision=precision, sections=SPECS["transformer_engine"] | sections)
+    groups.initialize(layout, seed=0, timeout_s=50)
+    try:
+        models = optim.wrap(build.build(config, layout), config)
+        stepper = Stepper(models, optim.build(models, config), config, ("test",))
+        batch = tiny.batch(ARCH, [0], layout.crop_rank(rank), layout.crop_ranks)
+        losses = [stepper.train([batch], step).loss for step in range(1, steps + 1)]
+        used = [
+            name.removeprefix("module.")
+            for name, module in models[0].named_modules()
+            if getattr(module, "fp8_meta", {}).get("recipe") is not None and getattr(module, "fp8", False)
+        ]
+        return losses, used
+    finally:
+        groups.destroy()
+
+
+@contextmanager
+def reference_recipe() -> Iterator[None]:
+    """FP8 by Transformer Engine's pure-torch quantizer, which scales as `tensorwise` does."""
+    original = build.fp8
+    factory = (
+        "transformer_engine.pytorch.custom_recipes.quantization_current_scaling.current_scaling_ref_quantizer_factory"
+    )
+
+    def custom(config: Any, component: str) -> dict[str, Any]:
+        found = original(config, component)
+        return found and found | {"fp8_recipe": "custom", "fp8_quantizer_factory": factory}
+
+    build.fp8 = custom
+    try:
+        yield
+    finally:
+        build.fp8 = original
+
+
+def checkpoints(directory: Path) -> dict[str, Any]:
+    """Saved by one spec and loaded by the other, with its optimizer, and saved again: tensors that changed."""
+    from megatron_vlm.checkpoint import load, save
+    from tests.checkpoint import test_vlm
+    from tests.checkpoint.test_load import differing
+
+    layout = Layout(world, tensor=world)
+    found = {}
+    for first, second in (("local", "transformer_engine"), ("transformer_engine", "local")):
+        for number, spec in enumerate((first, second)):
+            config = test_vlm.settings(layout, world > 1, (), "float32")
+            config = dataclasses.replace(config, **SPECS[spec])
+            models, optimizer = test_vlm.build(config, layout, seed=1 + number)
+            options = {"models": models, "optimizer": optimizer, "config": config}
+            if number:
+                load.load(directory / first / "iter_0000001", **options)
+            else:
+                test_vlm.step(models, optimizer, 1)
+            written = save.save(
+                directory / spec if not number else directory / f"{first}-{second}", step=1, state={}, **options
+            )
+            groups.destroy()
+        found[f"{first} to {second}"] = differing(directory / first / "iter_0000001", written)
+    return found
+
+
+def main() -> dict[str, Any]:
+    """What this world can tell."""
+    found: dict[str, Any] = {}
+    parallel = {"tensor": world, "vision": "tensor"} if world > 1 else {}
+    with built(lambda module: None):
+        found["layers"] = compared(both(parallel))
+        if world > 1:
+            found["same marks"] = marks({"tensor": world, "sequence": True})
+            found["sequence parallel"] = compared(both({"tensor": world, "sequence": True}))
+        else:
+            for kind in ("mlp", "resampler", "linear"):
+                found[kind] = compared(both({}, dataclasses.replace(ARCH, connector=tiny.connector(kind).connector)))
+    found["checkpoints"] = checkpoints(Path(store).with_suffix(".checkpoints"))
+    if world == 1:
+        for mutation in (swap_norms, swap_gate_and_up, centre_norms):
+            with built(mutation):
+                found[mutation.__name__] = compared(both({}))
+    found["bf16"], _ = trained("bf16", {})
+    with reference_recipe():
+        found["fp8"], found["fp8 layers"] = trained("fp8", {"fp8": Fp8Config()})
+    return found
+
+
+if __name__ == "__main__":
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    result = main()
+    if rank == 0:
+        print(json.dumps(result))
+    dist.destroy_process_group()
