@@ -160,7 +160,7 @@ def _main_scores(record: Record) -> Record:
     """The first score of each task."""
     tasks: dict[str, str] = {}
     for name in record:
-        if name.startswith("task/") and not name.endswith("/not_scored"):
+        if name.startswith("task/"):
             tasks.setdefault(name.split("/")[1], name)
     return {name: record[name] for name in tasks.values()}
 

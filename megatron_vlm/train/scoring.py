@@ -46,7 +46,7 @@ def open_tasks(config: Config) -> tuple[Shards, list[tuple[Task, list[Example]]]
 
 
 def evaluate(config: Config, models: Sequence[Any], share: Share, pulse: Pulse) -> dict[str, float]:
-    """`task/<name>/<score>` of every task, and `task/<name>/not_scored`, how many answers were not."""
+    """`task/<name>/<score>` of every task, and `task_not_scored/<name>`, how many answers were not."""
     began = time.perf_counter()
     shards, wanted = open_tasks(config)
     arch = presets.architecture(config.model)
@@ -65,7 +65,7 @@ def evaluate(config: Config, models: Sequence[Any], share: Share, pulse: Pulse) 
         pulse.enter("collective")
         scores = report.scores(_gathered(report.judge(task, mine, answers), share))
         found |= {f"task/{task.name}/{name}": score["value"] for name, score in scores["scores"].items()}
-        found[f"task/{task.name}/not_scored"] = sum(scores["not_scored"].values())
+        found[f"task_not_scored/{task.name}"] = sum(scores["not_scored"].values())
     pulse.enter("other")
     return found | {"tasks_time_s": time.perf_counter() - began}
 
