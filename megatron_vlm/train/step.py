@@ -192,7 +192,10 @@ class Stepper:
         self.pulse.enter("forward")
         # From here on, backward included, a schedule names no CUDA device any more.
         self._schedule.enter_context(cpu.direct())
-        batch = next(batches).to(self.device)
+        batch = next(batches)
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # from other memory, a copy waits until the GPU has done all before it
+        batch = batch.to(self.device)
         output = model(batch)
         self.pulse.enter("backward")  # the loss, and what the schedule does until it comes here again
         return output, partial(self._loss, batch)

@@ -75,6 +75,30 @@ def test_forward_and_backward_equal_dense_attention(dtype, tolerance, kernel):
         assert not gradient[padding].any()
 
 
+def test_what_was_made_of_marks_is_kept_for_the_rows_in_flight():
+    from megatron_vlm.model.attention import Kept
+
+    kept, made = Kept(rows=4), []
+
+    def of(marks: torch.Tensor, key: str = "") -> object:
+        return kept.of(marks, (key,), lambda: made.append(object()) or made[-1])
+
+    micro_batches = [torch.stack([row_of(LONG)] * 2, 1) for _ in range(3)]
+    first = of(micro_batches[0])
+    assert of(micro_batches[0].detach()) is first  # as recomputation hands it over
+    assert of(micro_batches[0], "other queries") is not first
+    assert of(micro_batches[0]) is first and len(made) == 2
+    for marks in micro_batches[1:]:
+        of(marks)
+    assert of(micro_batches[0]) is not first  # let go for those of later rows
+    # Marks of a batch that is gone lie where no later ones can: they would be taken for them.
+    place = torch.stack([row_of(LONG)] * 2, 1)
+    address = place.data_ptr()
+    of(place)
+    del place
+    assert torch.stack([row_of(LONG)] * 2, 1).data_ptr() != address
+
+
 class Largest(TorchDispatchMode):
     """Most numbers in any tensor that an operation returns."""
 

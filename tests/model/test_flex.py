@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,7 @@ from megatron_vlm.model.mask import Mark
 from tests.model.test_attention import ROWS, Largest, dense_attention, random_qkv, renumbered
 from tests.model.test_mask import dense, from_rule, row_of
 from tests.model.test_mask import rows as packed_rows
+from tests.test_imports import ROOT
 
 
 def seen(mask, queries: int, keys: int) -> torch.Tensor:
@@ -99,6 +103,15 @@ def test_a_wrong_rule_would_be_noticed(backward_on_cpu, monkeypatch):
     monkeypatch.setattr(flex, "visible", lambda query, key: (key.index <= query.index) & (query.example == key.example))
     out = flex.FlexRows(marks, 0, marks.shape[2]).attend(query, key, value)
     assert (out - expected).abs().max() > 0.01
+
+
+@pytest.mark.slow
+def test_compiled():
+    """The kernel that torch generates for a CPU; it has a forward only."""
+    words = [sys.executable, "-m", "tests.model.compiled_flex"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 graph(s) compiled") == 2, done.stdout
 
 
 @pytest.mark.slow

@@ -101,9 +101,9 @@ def test_one_step_equals_one_process(pool, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["cp4_gather", "pp2_vpp2_dropout", "tp2_cp2_sp_selective"])
+@pytest.mark.parametrize("case", ["cp4_gather", "pp2_vpp2_dropout"])
 def test_one_step_with_flex_attention_equals_one_process_without(pool, case):
-    """A row's queries dealt to ranks by heads and by place; micro-batches in flight; recomputed layers."""
+    """A row's queries dealt to ranks, attention recomputed; several micro-batches in flight."""
     arch, parallel, options, world = CASES[case]
     layout = Layout.of(tiny.config(arch, parallel=parallel), world)
     compare(pool, case, pool(world).run(layouts.step_with_flex, arch, layout, parallel, options))
