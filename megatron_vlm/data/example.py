@@ -64,6 +64,8 @@ class Branch:
     style: str
     """Kind of answer, as in prompts: `long_caption`, `pointing`, `point_count`, `vqa2`, `text_sft`, ..."""
     turns: tuple[Turn, ...]
+    weight: float = field(default=1.0, repr=False)  # not in the repr, from which keys are made
+    """Multiplies the weights of its loss tokens, unless the data set has a flat weight."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,10 @@ class Example:
         for branch in self.branches:
             if not branch.turns:
                 raise ValueError(f"sample {self.key!r}: a branch of style {branch.style!r} has no turn.")
+            if not 0 < branch.weight < math.inf:
+                raise ValueError(
+                    f"sample {self.key!r}: a branch has the weight {branch.weight}; needed a number above 0."
+                )
             for turn in branch.turns:
                 self._check_turn(branch.style, turn)
 
@@ -215,7 +221,11 @@ def to_json(example: Example) -> str:
         "key": example.key,
         "media": [_media(media) for media in example.media],
         "branches": [
-            {"style": branch.style, "turns": [[turn.prompt, _answer(turn.answer)] for turn in branch.turns]}
+            {
+                "style": branch.style,
+                "turns": [[turn.prompt, _answer(turn.answer)] for turn in branch.turns],
+                **({"weight": branch.weight} if branch.weight != 1 else {}),
+            }
             for branch in example.branches
         ],
     }
@@ -235,7 +245,11 @@ def from_json(text: str) -> Example:
         key=record["key"],
         media=tuple(Media(*media) for media in record["media"]),
         branches=tuple(
-            Branch(branch["style"], tuple(Turn(prompt, _parsed(answer)) for prompt, answer in branch["turns"]))
+            Branch(
+                branch["style"],
+                tuple(Turn(prompt, _parsed(answer)) for prompt, answer in branch["turns"]),
+                branch.get("weight", 1.0),
+            )
             for branch in record["branches"]
         ),
         info=record.get("info", {}),

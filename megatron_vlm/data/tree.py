@@ -142,7 +142,7 @@ def tokenize(
     order = list(range(len(example.branches)))
     if len(order) > 1:
         generator(*identity, "branches").shuffle(order)
-    parts: list[tuple[list[int], list[bool]]] = []
+    parts: list[tuple[list[int], list[bool], float]] = []
     length, dropped = len(prefix), 0
     for place in order:
         tokens, is_answer = branch_tokens(example.branches[place], identity + (place,), layouts, settings)
@@ -152,7 +152,7 @@ def tokenize(
             continue
         if not parts:
             _check_fit(f"{dataset}/{example.key}", length, first_loss, layouts, settings)
-        parts.append((tokens, is_answer))
+        parts.append((tokens, is_answer, example.branches[place].weight))
         length += len(tokens)
     left_out = len(example.media) - len(layouts)
     return _assemble(parts, layouts, dropped, settings, flat_weight, left_out)
@@ -315,7 +315,7 @@ def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> T
     text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng, rate=rate)
     tokens = settings.tokenizer.user_turn(text, first=True)
     _check_fit(example.key, len(prefix), len(tokens), layouts, settings)
-    return _assemble([(tokens, [False] * len(tokens))], layouts, 0, settings, 0.0)
+    return _assemble([(tokens, [False] * len(tokens), 1.0)], layouts, 0, settings, 0.0)
 
 
 def _check_fit(name: str, prefix: int, first_loss: int, layouts: tuple[Layout, ...], settings: TreeSettings) -> None:
@@ -335,7 +335,7 @@ def _check_fit(name: str, prefix: int, first_loss: int, layouts: tuple[Layout, .
 
 
 def _assemble(
-    parts: list[tuple[list[int], list[bool]]],
+    parts: list[tuple[list[int], list[bool], float]],
     layouts: tuple[Layout, ...],
     dropped: int,
     settings: TreeSettings,
@@ -343,7 +343,7 @@ def _assemble(
     dropped_images: int = 0,
 ) -> TokenizedExample:
     prefix, prefix_vision = prefix_tokens(layouts, settings.tokenizer)
-    length = len(prefix) + sum(len(tokens) for tokens, _ in parts)
+    length = len(prefix) + sum(len(tokens) for tokens, *_ in parts)
     tokens = np.empty(length, dtype=np.int64)
     targets = np.zeros(length, dtype=np.int64)
     weights = np.zeros(length, dtype=np.float32)
@@ -352,7 +352,7 @@ def _assemble(
     tokens[: len(prefix)] = prefix
     positions[: len(prefix)] = np.arange(len(prefix))
     start = len(prefix)
-    for number, (ids, is_answer) in enumerate(parts):
+    for number, (ids, is_answer, own_weight) in enumerate(parts):
         stop = start + len(ids)
         tokens[start:stop] = ids
         positions[start:stop] = np.arange(len(prefix), len(prefix) + len(ids))
@@ -362,7 +362,7 @@ def _assemble(
         following = np.asarray([*ids[1:], settings.tokenizer.eos], dtype=np.int64)
         targets[start:stop] = np.where(predicts_answer, following, 0)
         weights[start:stop] = predicts_answer * _token_weight(
-            int(predicts_answer.sum()), len(parts), settings, flat_weight
+            int(predicts_answer.sum()), len(parts), settings, flat_weight, own_weight
         )
         start = stop
     kept = min(length, settings.max_tokens)
@@ -383,13 +383,16 @@ def _assemble(
     )
 
 
-def _token_weight(predictions: int, branches: int, settings: TreeSettings, flat: float | None) -> float:
-    """Weight of one loss token of a branch with so many of them, in a sample with so many branches."""
+def _token_weight(predictions: int, branches: int, settings: TreeSettings, flat: float | None, own: float) -> float:
+    """Weight of one loss token of a branch with so many of them, in a sample with so many branches.
+
+    own: weight of the branch.
+    """
     if flat is not None:
         return flat
     if settings.loss_weighting == "uniform":
-        return 1.0
-    weight = 1 / math.sqrt(branches)
+        return own
+    weight = own / math.sqrt(branches)
     if settings.loss_weighting == "root_tokens":
         # Molmo2 does not count the last EOS where there are several branches; it inherits the weight before it.
         counted = predictions - (branches > 1)

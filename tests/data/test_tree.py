@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vlm.batch import PREFIX_BRANCH
 from megatron_vlm.config.geometry import ImageGeometry, image_geometry
-from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
+from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn, from_json, to_json
 from megatron_vlm.data.tree import TreeSettings, prompt_tokens, tokenize
 from tests.data.world import ARCH, tokenizer
 
@@ -139,6 +139,20 @@ def test_loss_weights():
     assert weights("root_tokens", *branches, flat=0.1) == [pytest.approx([0.1] * 4)] * 4
     long = qa("q", " 1" * 199 + "1")
     assert sum(weights("root_tokens", long)[0]) == pytest.approx(2 * math.sqrt(400), rel=1e-4)
+
+
+def test_a_branch_may_weigh_more():
+    """Multiplies any weighting of the settings; a flat weight of the data set stands in its place."""
+    plain, heavy = qa("1", "1 2"), dataclasses.replace(qa("2", "1 2"), weight=1.5)
+    for weighting in ("uniform", "root_subsegments", "root_tokens"):
+        one, other = sorted(branch[0] for branch in weights(weighting, plain, heavy))
+        assert other == pytest.approx(1.5 * one) and one == pytest.approx(weights(weighting, plain, plain)[0][0])
+    assert weights("uniform", plain, heavy, flat=0.2) == [pytest.approx([0.2] * 4)] * 2
+    example = Example("a", (plain, heavy))
+    assert from_json(to_json(example)) == example and "weight" not in to_json(Example("a", (plain,)))
+    for wrong in (0.0, math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match="a branch has the weight"):
+            Example("a", (dataclasses.replace(plain, weight=wrong),)).check()
 
 
 def test_text_longer_than_a_row_is_cut_and_counted():

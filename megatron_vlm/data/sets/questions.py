@@ -51,6 +51,7 @@ def questions(
     answers: Mapping[Any, str] | None = None,
     clip: bool = True,
     unpointed: bool = False,
+    weights: Mapping[Any, float] | None = None,
     path: str = "",
 ) -> Iterator[Draft]:
     """One `question`. Its options, if any: the list `options` (texts, or objects with `text`), or the columns named by
@@ -63,6 +64,7 @@ def questions(
     answers:      what stands for an answer: {0: "No", 1: "Yes"}.
     clip:         whether `span` cuts the video.
     unpointed:    ask for no places before questions of how many, which are answered without.
+    weights:      weight of the question's loss by the value of `kind`.
     """
     question, media = row.text("question"), row.media(path)
     if hint and row.get(hint):
@@ -81,7 +83,7 @@ def questions(
         turn = Turn(without_places(question) if unpointed else question, _best(row, answers or {}, rng))
     used = choice_style if texts and choice_style else style
     info = {} if texts else _accepted(row, turn.prompt)
-    yield Draft((Branch(used, (turn,)),), media, clip=row.clip(cut=clip), info=info)
+    yield Draft((Branch(used, (turn,), _weight(row, weights)),), media, clip=row.clip(cut=clip), info=info)
 
 
 def question_pairs(
@@ -165,6 +167,14 @@ def labels(row: Row, *, question: str, style: str = "video_short_answer", path: 
     """A `label` of a video, asked for by one fixed question: action recognition, counts of repetitions."""
     answer = row.text("label").replace("_", " ")
     yield Draft((Branch(style, (Turn(question, answer),)),), row.media(path), clip=row.clip())
+
+
+def _weight(row: Row, weights: Mapping[Any, float] | None) -> float:
+    if weights is None:
+        return 1.0
+    if row.get("kind") not in weights:
+        raise row.bad("kind", row.get("kind"), f"one of {', '.join(map(str, weights))}")
+    return weights[row.get("kind")]
 
 
 def without_places(question: str) -> str:

@@ -118,7 +118,7 @@ ROWS: dict[str, list[Row]] = {
     "tally_qa": three(lambda i: {"image": f"images/vg/VG_100K/{i}.jpg", "message_list": [
         {"question": "How many?", "answer": str(i)}]}),
     "chart_qa_weighted": three(lambda i: {"image": embedded(), "query": f"What is {i}?", "label": ["14"],
-                                          "human_or_machine": 0}),
+                                          "human_or_machine": i % 2}),
     "doc_qa": three(lambda i: {"questionId": i, "question": f"What {i}?", "image": "documents/x_1.png", "docId": 1,
                                "answers": ["42", "42"], "data_split": "train"}),
     "info_qa": three(lambda i: {"questionId": i, "question": f"What {i}?", "image_local_name": "1.jpeg",

@@ -20,6 +20,7 @@ from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Reference
 from megatron_vlm.data.sets.group import trees
 from megatron_vlm.data.sets.resolve import resolve
+from megatron_vlm.data.sets.row import Row as SetRow
 from megatron_vlm.data.sets.table import TABLE, find
 from tests.data.sets.published import IMAGE, Row, rows
 
@@ -344,3 +345,17 @@ def test_shares_of_the_educational_recipe() -> None:
     assert (weights["pixmo_cap"], weights["pixmo_count_train"], weights["molmo2_video_track"]) == (1.0, 1.5, 2.0)
     stage1 = mixture.load("educational_pretrain")
     assert [group.rate for group in stage1.groups] == [0.6, 0.3, 0.1]
+
+
+def test_questions_about_charts_weigh_by_who_asked():
+    """So that the 7,398 of people count as much as the 20,901 of a program."""
+    entry = find("chart_qa_weighted")
+    row = {"image": {"bytes": picture(1)}, "query": "How many?", "label": ["14"]}
+
+    def weight(who: object) -> float:
+        (draft,) = entry.family(SetRow(row | {"human_or_machine": who}, entry.columns), **entry.options)
+        return draft.branches[0].weight
+
+    assert 7398 * weight(0) == pytest.approx(20901 * weight(1)) == pytest.approx(28299 * 2 * 7398 * 20901 / 28299**2)
+    with pytest.raises(ValueError, match="'human_or_machine' is 7; needed one of 0, 1"):
+        weight(7)
