@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
@@ -133,8 +134,17 @@ def _download(name: str, entry: Entry, options: argparse.Namespace) -> Report:
         if not options.annotations_only:
             _fetch_media(name, entry, options, report)
     except (HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, ValueError, OSError) as error:
-        report.annotations = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        words = str(error).strip().splitlines() or [""]
+        report.annotations = _without_secrets(f"{type(error).__name__}: {words[0]}", options.proxy)
     return report
+
+
+def _without_secrets(words: str, proxy: str) -> str:
+    """Words that a server or a library chose, without the hub's token and the proxy's password."""
+    password = urlsplit(proxy).password or ""
+    for secret in filter(None, (huggingface_hub.get_token(), password, unquote(password))):
+        words = words.replace(secret, "***")
+    return words
 
 
 def _get_annotations(name: str, entry: Entry, options: argparse.Namespace) -> None:
@@ -176,7 +186,7 @@ def _fetch_media(name: str, entry: Entry, options: argparse.Namespace, report: R
                 report.fetched_bytes += size
         except (Refused, Later) as error:
             with lock:
-                report.miss(_reason(error), f"{url}: {error}")
+                report.miss(_reason(error), _without_secrets(f"{url}: {error}", options.proxy))
 
     with (
         ThreadPoolExecutor(options.connections) as pool,

@@ -21,7 +21,7 @@ class Server:
 
             def do_GET(self) -> None:
                 seen = sum(path == self.path for path, _ in owner.requests)
-                owner.requests.append((self.path, dict(self.headers)))
+                owner.requests.append((self.path, {name.title(): value for name, value in self.headers.items()}))
                 owner.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
                 owner.answers.get(self.path, not_found)(self, seen)
 

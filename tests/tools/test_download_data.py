@@ -132,6 +132,30 @@ def test_a_repository_that_does_not_exist_is_an_error_after_the_others(server: S
     assert (tmp_path / "out" / stored_name(f"{server.address}/0")).is_file()
 
 
+@pytest.mark.slow
+def test_secrets_are_not_told(server: Server, tmp_path: Path) -> None:
+    """Neither the hub's token, even if the hub itself repeats it, nor the password of a proxy."""
+
+    def repeating(handler: BaseHTTPRequestHandler, _: int) -> None:
+        told = handler.headers["Authorization"]
+        send(handler, 403, json.dumps({"error": told}).encode(), X_Error_Message=f"not allowed: {told}")
+
+    hold(
+        server, "allenai/pixmo-ask-model-anything", {"data/train-00000-of-00001.parquet": parquet([row("http://h/0")])}
+    )
+    server.answers["/api/datasets/allenai/pixmo-cap/revision/main"] = repeating
+    proxy = server.address.replace("http://", "http://someone:pass%20word@")
+    done = run(server, tmp_path / "out", "--datasets", "pixmo_cap", "pixmo_ask_model_anything", "--proxy", proxy)
+    assert done.returncode == 1 and any(headers.get("Authorization") == "Bearer secret-word"
+                                        for _, headers in server.requests)  # fmt: skip
+    told = [done.stdout, done.stderr]
+    told += [path.read_text(errors="replace") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    (report, other) = json.loads((tmp_path / "out/report.json").read_text())
+    assert "HfHubHTTPError" in report["annotations"] or "403" in report["annotations"]
+    assert other["missing"] == {"answer 404": 1}, "the proxy was asked"
+    assert not [text for text in told for secret in ("secret-word", "pass%20word", "pass word") if secret in text]
+
+
 def test_a_dry_run_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     download_data.main(["--stage", "all", "--dry-run", "--out", str(tmp_path / "out")])
     told = capsys.readouterr().out

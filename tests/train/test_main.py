@@ -59,10 +59,14 @@ def _fails(capsys, *argv):
     return out.err
 
 
-def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys):
+def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeypatch):
+    for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")):
+        monkeypatch.setenv(name, f"a-secret-word-{number}")
     assert command.main([str(recipe)]) == 0
     said = capsys.readouterr().out
     run = tmp_path / "run"
+    written = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+    assert len(written) > 8 and not any(b"a-secret-word" in data for data in [*written, said.encode()])
     assert said.startswith(f"New run in {run}, from random weights.\n") and "step 6/6" in said
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     promised = (
