@@ -59,6 +59,8 @@ AT_LEAST: dict[str, float] = {
     "guard.norm_deviations": 1,
     "log.every": 1,
 }
+#: What a checkpoint remembers of the data beside settings (see data/loader.py).
+DATA_NAMES = ("manifest", "mixture", "tokenizer", "split", "geometry", "videos", "balance", "high_resolution_crops")
 #: Probabilities, shares and decay rates: less than 1.
 BELOW_ONE = (
     "data.bad_ceiling",
@@ -94,6 +96,15 @@ def _values(config: Config) -> Iterator[str]:
                 yield f"{name}={value} must be at least {least}, and finite."
             elif name in BELOW_ONE and number >= 1:
                 yield f"{name}={value} must be less than 1."
+
+
+def _accept(config: Config, arch: Architecture, world: int) -> Iterator[str]:
+    for name in config.run.accept:
+        if name not in keys() and name not in DATA_NAMES:
+            yield (
+                f"run.accept names {name!r}, which is no setting and none of {', '.join(DATA_NAMES)}; the refusal to "
+                "resume lists what to write."
+            )
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -324,6 +335,7 @@ def _tasks(config: Config, arch: Architecture, world: int) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     fp8.problems,
+    _accept,
     _world,
     _tensor,
     _vision,

@@ -21,6 +21,9 @@ class RunConfig:
     resume: str = "auto"
     """auto: go on from the run directory's latest checkpoint if configuration, data and tokenizer match, else refuse;
     never: start anew, refuse a directory that holds checkpoints; must: refuse to start without a checkpoint."""
+    accept: tuple[str, ...] = ()
+    """Differences to the checkpoint that do not stop a resume, by the names that the refusal lists: settings, or
+    manifest, mixture, tokenizer. With other data the run goes on at the next window of the new order."""
     time_limit: str = ""
     """Longest time from the start of the process: minutes (90), HH:MM:SS or days-HH:MM:SS, in quotes in a recipe. In
     time for the last save, the run saves, asks in exit.json for a requeue and ends with exit code 85. Empty = none."""

@@ -190,6 +190,8 @@ class Loader:
         if self._balances:
             ramp = [config.train.rampup_steps, config.train.rampup_from, config.train.rampup_by]
             self._identity["balance"] = f"{data.balance_batches} batches of {config.train.global_batch} rows, {ramp}"
+        self.accepted: dict[str, str] = {}
+        """What differs from `state` and is accepted (run.accept): `was X and is now Y` by name."""
         self._position = (0, 0) if state is None else self._checked(state)
         self._steps = 0 if state is None else int(state.get("steps", 0))
         self._workers = Workers(Collator(shards, geometry, data.sequence_length, skips), data.workers)
@@ -232,17 +234,21 @@ class Loader:
 
     def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
         before = state.get("of", {})
-        different = [
-            f"{name} was {before.get(name)!r} and is now {self._identity.get(name)!r}"
+        different = {
+            name: f"was {before.get(name)!r} and is now {self._identity.get(name)!r}"
             for name in {**self._identity, **before}
             if before.get(name) != self._identity.get(name)
-        ]
-        if different:
+        }
+        self.accepted = {name: words for name, words in different.items() if _accepts(self._config.run.accept, name)}
+        refused = [f"{name} {words}" for name, words in different.items() if name not in self.accepted]
+        if refused:
             raise ValueError(
-                f"the data are not those that the run was stopped on: {'; '.join(different)}. Set them back, or start "
-                "a new run from the weights (init.checkpoint)."
+                f"the data are not those that the run was stopped on: {'; '.join(refused)}. Set them back, or start "
+                "a new run from the weights (init.checkpoint). To go on all the same, at the next window of the new "
+                f"order: run.accept=[{','.join(f'data.{name}' if name in _SETTINGS else name for name in different)}]."
             )
-        return int(state["window"]), int(state["offset"])
+        # Rows of another order are not those that the offset counts.
+        return (int(state["window"]) + 1, 0) if different else (int(state["window"]), int(state["offset"]))
 
     def _finished(self, facts: dict[str, Any], futures: list[Future[Made]]) -> Step:
         self.keys = tuple(s.key for micro in facts["planned"] for row in micro.rows for s in row.samples)
@@ -373,6 +379,11 @@ _SETTINGS = (
 
 #: What a sample can lose when it is made into tokens.
 _LOSSES = ("cut_tokens", "dropped_branches", "dropped_images")
+
+
+def _accepts(accept: tuple[str, ...], name: str) -> bool:
+    """A setting goes by its whole name there, data.seed; contents (manifest, mixture, tokenizer) by theirs."""
+    return name in accept or (name in _SETTINGS and f"data.{name}" in accept)
 
 
 def _check_shares(config: Config, share: Share) -> None:

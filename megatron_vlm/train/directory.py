@@ -39,20 +39,20 @@ def checkpoints(config: Config) -> Path:
     return path(config) / "checkpoints"
 
 
-def differences(saved: dict[str, Any], now: Config) -> list[str]:
-    """Settings that differ from a checkpoint's and may not, as `section.key: was X, is Y`.
+def differences(saved: dict[str, Any], now: Config) -> dict[str, str]:
+    """Settings that differ from a checkpoint's and may not, unless run.accept names them: `was X, is Y` by name.
 
     With a constant schedule, `train.steps` may differ: the learning rates of the steps done do not depend on it.
     A setting that did not exist yet when the checkpoint was saved had its default.
     """
     may_change = {*MAY_CHANGE, *(("train.steps",) if now.optim.schedule == "constant" else ())}
     was, is_ = _flat(load.to_dict(Config())) | _flat(saved), _flat(load.to_dict(now))
-    return [
-        f"{name}: was {was.get(name, 'not set')!r}, is {is_.get(name, 'not set')!r}"
+    return {
+        name: f"was {was.get(name, 'not set')!r}, is {is_.get(name, 'not set')!r}"
         for name in dict.fromkeys([*was, *is_])
         if was.get(name) != is_.get(name)
         and not any(name == free or name.startswith(f"{free}.") for free in may_change)
-    ]
+    }
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

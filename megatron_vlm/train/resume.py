@@ -68,15 +68,18 @@ def find(config: Config) -> Start:
         )
     saved = load.read(latest)
     changed = directory.differences(saved.config, config)
+    accepted = {name: changed.pop(name) for name in config.run.accept if name in changed}
     if changed:
-        listed = "".join(f"\n  - {line}" for line in changed)
+        listed = "".join(f"\n  - {name}: {words}" for name, words in changed.items())
         raise ValueError(
             f"{latest} cannot be resumed: these settings have changed since it was saved:{listed}\n"
             "Set them back, or start a new run: set run.dir to another directory (with "
-            f"init.checkpoint={latest} it starts from these weights)."
+            f"init.checkpoint={latest} it starts from these weights). To go on all the same: "
+            f"run.accept=[{','.join([*accepted, *changed])}]."
         )
     words = "".join(f"Passed over: {fault}\n" for fault in faults)
     words += f"Resuming {run} from step {saved.step} ({latest})."
+    words += "".join(f"\nAccepted: {name} {was}." for name, was in accepted.items())
     state = saved.state
     return Start(
         latest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -81,6 +81,8 @@ def begin(config: Config, layout: Layout, progress: Progress) -> tuple[State, re
     if config.eval.every:
         heldout.open_loader(config, mine).close()  # what it refuses is refused now
         scoring.open_tasks(config)
+    accepted = "".join(f"\nAccepted: {name} {words}." for name, words in loader.accepted.items())
+    start = replace(start, words=start.words + accepted)
     models = optim.wrap(build(config, layout), config)
     optimizer = optim.build(models, config)
     resume.restore(start, models, optimizer, config)

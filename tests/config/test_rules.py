@@ -26,6 +26,7 @@ BROKEN = [
     (["guard.history=5"], 1, r"guard\.history=5 must be at least 20"),
     (["run.time_limit=soon"], 1, r"run\.time_limit='soon' is no length of time; write minutes \(90\)"),
     (["run.time_limit=00:00:00"], 1, r"run\.time_limit='00:00:00' leaves no time"),
+    (["run.accept=[data.seed,mixture,seed]"], 1, r"run\.accept names 'seed', which is no setting and none of manifest"),
     (["run.resume=maybe"], 1, r"run\.resume='maybe' does not exist; choose one of auto, never, must\."),
     (["parallel.vision=pipeline"], 1, r"parallel\.vision='pipeline' does not exist"),
     (["data.prompts=long"], 1, r"data\.prompts='long' does not exist"),

@@ -140,6 +140,29 @@ def test_other_files_do_not_resume(folder, tmp_path):
         Loader(config(folder, tokenizer=str(tmp_path)), ARCH, Share(), state=state)
 
 
+def test_other_files_and_settings_are_accepted_by_name_from_the_next_window_on(folder, tmp_path):
+    loader = Loader(config(folder), ARCH, Share())
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.close()
+    assert (state["window"], state["offset"] > 0) == (0, True)
+    text = (folder / "mixture.yaml").read_text()
+    (tmp_path / "mixture.yaml").write_text(text.replace("0.6", "0.5"))
+    other = config(folder, mixture=str(tmp_path / "mixture.yaml"), seed=1)
+
+    def accepting(*names):
+        return dataclasses.replace(other, run=dataclasses.replace(other.run, accept=names))
+
+    # Naming the path, or one of two, is not enough.
+    with pytest.raises(ValueError, match=r"mixture was .*run.accept=\[mixture,data.seed\]\.$") as refused:
+        Loader(accepting("data.mixture", "data.seed"), ARCH, Share(), state=state)
+    assert "seed was" not in str(refused.value)
+    again = Loader(accepting("mixture", "data.seed"), ARCH, Share(), state=state)
+    step = next(iter(again))
+    again.close()
+    assert set(again.accepted) == {"mixture", "seed"} and (step.window, step.offset) == (1, 0)
+
+
 def test_one_pass_holds_every_sample_once(folder):
     found = steps(config(folder), None, split="validation", one_pass=True)
     keys = [key for step in found for key in step.keys]

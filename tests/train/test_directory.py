@@ -34,23 +34,23 @@ def test_cut_leaves_a_log_that_ends_at_the_checkpoint(tmp_path):
 
 def test_differences_names_what_changes_learning_and_ignores_layout_and_logging():
     saved = load.to_dict(Config())
-    assert directory.differences(saved, Config()) == []
+    assert directory.differences(saved, Config()) == {}
     free = _change(Config(), parallel__tensor=2, log__every=1, run__dir="x", data__workers=3, train__micro_batch=4)
-    assert directory.differences(saved, free) == []
+    assert directory.differences(saved, free) == {}
     changed = _change(Config(), train__steps=7, data__seed=1)
-    assert directory.differences(saved, changed) == ["data.seed: was 0, is 1", "train.steps: was 100, is 7"]
+    assert directory.differences(saved, changed) == {"data.seed": "was 0, is 1", "train.steps": "was 100, is 7"}
 
 
 def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default():
     saved = load.to_dict(Config())
     del saved["data"]["bad_samples"], saved["data"]["seed"]
-    assert directory.differences(saved, Config()) == []
-    assert directory.differences(saved, _change(Config(), data__seed=1)) == ["data.seed: was 0, is 1"]
+    assert directory.differences(saved, Config()) == {}
+    assert directory.differences(saved, _change(Config(), data__seed=1)) == {"data.seed": "was 0, is 1"}
 
 
 def test_more_steps_are_allowed_only_where_the_schedule_is_constant():
     constant = _change(Config(), optim__schedule="constant")
-    assert directory.differences(load.to_dict(constant), _change(constant, train__steps=7)) == []
+    assert directory.differences(load.to_dict(constant), _change(constant, train__steps=7)) == {}
 
 
 def test_prepare_writes_a_config_that_loads_back_equal(tmp_path):

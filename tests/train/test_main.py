@@ -120,6 +120,13 @@ def test_a_run_directory_in_use_is_not_overwritten(recipe, tmp_path, capsys):
     assert "run.resume=never" in _fails(capsys, recipe, "train.steps=2", "run.resume=never")
     error = _fails(capsys, recipe, "train.steps=2", "optim.clip_norm=2", "data.seed=1")
     assert "optim.clip_norm: was 1.0, is 2.0" in error and "data.seed: was 0, is 1" in error
+    accept = "run.accept=[data.seed,optim.clip_norm]"
+    assert f"To go on all the same: {accept}." in error
+    more = ("optim.clip_norm=2", "data.seed=1")
+    assert "train.steps: was 2, is 3" in _fails(capsys, recipe, "train.steps=3", *more, accept)
+    assert command.main([str(recipe), "train.steps=2", *more, accept]) == 0
+    said = capsys.readouterr().out
+    assert "Accepted: data.seed was 0, is 1.\n" in said and "Accepted: seed was 0 and is now 1.\n" in said
     assert "holds another model" in _fails(
         capsys, recipe, f"run.dir={tmp_path / 'other'}", f"init.checkpoint={tmp_path / 'run'}", "model.connector=mlp"
     )
