@@ -24,8 +24,9 @@ from megatron_vlm.config.architecture import VISION_TOKENS  # noqa: E402
 from megatron_vlm.config.schema import Config, ModelConfig  # noqa: E402
 from megatron_vlm.convert import probe  # noqa: E402
 from megatron_vlm.evaluate.decode import decode  # noqa: E402
-from megatron_vlm.evaluate.generate import Prompt, generate  # noqa: E402
+from megatron_vlm.evaluate.prompt import Prompt  # noqa: E402
 from megatron_vlm.parallel.layout import Layout  # noqa: E402
+from tests.evaluate.plain import generate  # noqa: E402
 
 
 def model_and_prompt(tokens: int) -> tuple[Any, Any, Any]:

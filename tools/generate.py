@@ -5,8 +5,10 @@
     python tools/generate.py --checkpoint runs/mine --image a.jpg --image b.jpg "Which image shows a cat?"
     python tools/generate.py --checkpoint runs/mine --video v.mp4 --rate 2 "Track the red circles." --draw out.mp4
     python tools/generate.py --checkpoint runs/tiny-stage3 --sample pointing --count 4 --draw pictures/
+    torchrun --nproc-per-node 2 tools/generate.py --tensor 2 --checkpoint runs/mine --image photo.jpg "What is it?"
 
 With --sample it takes media and questions of a data set's test split and prints the true answers beside.
+On a terminal the answer appears as it is written (the first one, where several are asked for).
 --before answers with the weights that the run began with, to show what training changed. A film (out.mp4) shows each
 object where it was last said to be; out.png is a sheet of frames.
 """
@@ -48,6 +50,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens seen become rarer")
     parser.add_argument("--seed", type=int, default=6198, help="of the draws")
+    parser.add_argument("--no-stream", action="store_true", help="on a terminal too, print answers when they are whole")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel processes (default 1)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages; start tensor x pipeline processes")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     asked = parser.parse_args(argv)
     if bool(asked.sample) == bool(asked.question):
@@ -78,12 +83,20 @@ def main(argv: Sequence[str]) -> int:
 def _answer(asked: argparse.Namespace) -> None:
     files, sample = _own_media(asked)
     backend = process.start(RunConfig(device=asked.device))
+    import torch.distributed as dist
+
     from megatron_vlm.evaluate import run
     from megatron_vlm.parallel import groups
     from megatron_vlm.parallel.layout import Layout
 
-    groups.initialize(Layout(1), backend=backend)
-    trained = run.load(asked.checkpoint, trained=not asked.before)
+    world = dist.get_world_size()
+    if world != asked.tensor * asked.pipeline:
+        raise ValueError(
+            f"{world} processes for --tensor {asked.tensor} --pipeline {asked.pipeline}: start "
+            f"{asked.tensor * asked.pipeline} (torchrun --nproc-per-node N), or name degrees whose product is {world}."
+        )
+    groups.initialize(Layout(world, asked.tensor, pipeline=asked.pipeline), backend=backend)
+    trained = run.load(asked.checkpoint, trained=not asked.before, tensor=asked.tensor, pipeline=asked.pipeline)
     if asked.sample:
         _samples(asked, trained)
     else:
@@ -109,14 +122,22 @@ def _own_media(asked: argparse.Namespace) -> tuple[Any, Any]:
 
 def _own(asked: argparse.Namespace, trained: Any, files: Any, sample: Any) -> None:
     """The user's media and questions."""
+    import torch.distributed as dist
+
     from megatron_vlm.evaluate import tasks
     from megatron_vlm.evaluate.decode import decode
     from megatron_vlm.evaluate.sampling import Sampling
+    from megatron_vlm.evaluate.stream import Stream
 
     most = trained.config.data.max_images
     if most and len(sample.media) > most:
         raise ValueError(f"{len(sample.media)} images: this model was trained with {most} at most (data.max_images).")
     prompt = tasks.asked(sample, files, asked.question, trained.tree)
+    speaks = dist.get_rank() == 0
+    live = speaks and sys.stdout.isatty() and not asked.no_stream
+    stream = Stream(trained.tokenizer, lambda text: print(text, end="", flush=True))
+    if live:
+        print(f"{asked.question[0]}\n  ", end="", flush=True)
     (ids,) = decode(
         trained.model,
         [prompt],
@@ -125,9 +146,15 @@ def _own(asked: argparse.Namespace, trained: Any, files: Any, sample: Any) -> No
         sampling=Sampling(asked.temperature, asked.top_k, asked.top_p, asked.repetition_penalty, asked.seed),
         stop=asked.stop,
         device=trained.device,
+        said=lambda _, question, token: stream.add(token) if live and question == 0 else None,
     )
+    if not speaks:
+        return
     said = [trained.tokenizer.decode(answer) for answer in ids]
-    for question, words in zip(asked.question, said, strict=True):
+    if live:
+        stream.close()
+        print()
+    for question, words in list(zip(asked.question, said, strict=True))[live:]:
         print(f"{question}\n  {words}")
     if asked.draw:
         _draw(files, sample, said[0], None, asked.draw, asked.question[0])
@@ -135,6 +162,8 @@ def _own(asked: argparse.Namespace, trained: Any, files: Any, sample: Any) -> No
 
 def _samples(asked: argparse.Namespace, trained: Any) -> None:
     """Test samples of the run's data."""
+    import torch.distributed as dist
+
     from megatron_vlm.data import points
     from megatron_vlm.data.example import Points
     from megatron_vlm.evaluate import run, tasks
@@ -142,6 +171,8 @@ def _samples(asked: argparse.Namespace, trained: Any) -> None:
     shards = run.manifest(trained.config)
     samples = tasks.examples(shards, tasks.Task(asked.sample, "", asked.max_new_tokens), asked.count)
     said = run.answers(trained, shards, samples, asked.max_new_tokens)
+    if dist.get_rank() > 0:
+        return
     for number, (one, words) in enumerate(zip(samples, said, strict=True)):
         print(f"{asked.sample}/{one.key}")
         for branch, answer in zip(one.branches, words, strict=True):

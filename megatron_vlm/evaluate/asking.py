@@ -21,7 +21,7 @@ from megatron_vlm.data.media import Store
 from megatron_vlm.data.tree import TreeSettings
 from megatron_vlm.evaluate import tasks
 from megatron_vlm.evaluate.decode import decode
-from megatron_vlm.evaluate.generate import Prompt
+from megatron_vlm.evaluate.prompt import Prompt
 
 #: Samples whose pixels are in memory, and whose answers are lost at once.
 AT_ONCE = 32

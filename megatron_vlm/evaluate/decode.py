@@ -11,12 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import nn
 
 from megatron_vlm.data.tokens import Tokenizer
-from megatron_vlm.evaluate.generate import Prompt, Running, encode, row
+from megatron_vlm.evaluate import stages
 from megatron_vlm.evaluate.kvcache import Cache
+from megatron_vlm.evaluate.prompt import Prompt, Running, encode, row
 from megatron_vlm.evaluate.sampling import Sampling, choose
+from megatron_vlm.parallel import cpu
 
 #: Told prompt, question and token as soon as it is chosen.
 Said = Callable[[int, int, int], None]
@@ -35,9 +38,9 @@ def decode(
     said: Said = lambda prompt, question, token: None,
     progress: Callable[[int], None] = lambda finished: None,
 ) -> list[list[list[int]]]:
-    """Answers by prompt and question, as ids without the end of sequence.
+    """Answers by prompt and question, as ids without the end of sequence. Every rank of the model calls it.
 
-    model:      a whole VlmModel (no pipeline, no context parallelism).
+    model:      a VlmModel, or this rank's part of it (no context or sequence parallelism, no interleaved pipeline).
     sampling:   None = greedy. With draws, an answer depends on what is decoded beside it.
     stop:       strings after which an answer ends; the token that completes one is its last.
     row_tokens: most tokens of prompts in the first forward pass of a group, which is then answered together.
@@ -49,14 +52,19 @@ def decode(
     _check_lengths(prompts, max_new_tokens, model.arch.language.max_positions)
     answers: list[list[list[int]]] = [[[] for _ in prompt.questions] for prompt in prompts]
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), cpu.direct():
         for numbers in _groups(prompts, row_tokens):
             items = [Running(prompts[n], answers[n], list(range(len(answers[n])))) for n in numbers]
 
-            def pick(logits: torch.Tensor, items: Sequence[Running] = items, numbers: list[int] = numbers) -> None:
+            def pick(
+                logits: torch.Tensor | None, items: Sequence[Running] = items, numbers: list[int] = numbers
+            ) -> None:
                 opened = [(place, question) for place, item in enumerate(items) for question in item.open]
-                seen = [items[place].ids(question) for place, question in opened]
-                for (place, question), token in zip(opened, choose(logits, seen, sampling, generator), strict=True):
+                chosen = None
+                if logits is not None:
+                    seen = [items[place].ids(question) for place, question in opened]
+                    chosen = choose(logits, seen, sampling, generator)
+                for (place, question), token in zip(opened, stages.agree(chosen, len(opened), device), strict=True):
                     item = items[place]
                     if token != tokenizer.eos:
                         item.answers[question].append(token)
@@ -82,14 +90,16 @@ def _check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, most: int) ->
 def _groups(prompts: Sequence[Prompt], row_tokens: int) -> Iterator[list[int]]:
     """Numbers of prompts that are answered together; one that is longer than `row_tokens` by itself."""
     group: list[int] = []
-    used = 0
+    used = longest = 0
     for number, prompt in enumerate(prompts):
         length = len(prompt.prefix) + sum(map(len, prompt.questions))
-        if group and used + length > row_tokens:
+        widest = max(longest, len(prompt.prefix))
+        # The cache gives every prefix the room of the longest.
+        if group and (used + length > row_tokens or widest * (len(group) + 1) > 2 * row_tokens):
             yield group
-            group, used = [], 0
+            group, used, widest = [], 0, len(prompt.prefix)
         group.append(number)
-        used += length
+        used, longest = used + length, widest
     if group:
         yield group
 
@@ -110,33 +120,45 @@ def _answer(
     tokenizer: Tokenizer,
     max_new_tokens: int,
     device: torch.device | str,
-    pick: Callable[[torch.Tensor], None],
+    pick: Callable[[torch.Tensor | None], None],
 ) -> None:
     """Answer the questions of `items`, whose `open` and `answers` `pick` changes."""
     if not any(item.open for item in items):
         return
-    encode(model, items, tokenizer, device)
+    images = None
+    if model.pre_process:
+        encode(model, items, tokenizer, device)
+        images = torch.cat([item.features for item in items if item.features is not None])
     batch, ends = row(items, tokenizer)
-    images = torch.cat([item.features for item in items if item.features is not None])
-    # 1. All prompts as one row, as without a cache; the keys and values of every layer are kept.
-    cache = Cache(items, max_new_tokens)
-    with _attending(model, lambda layer, attention: _Keeping(cache, layer, attention)):
-        pick(model(batch.to(device), logits_at=torch.tensor(ends, device=device), images=images))
+    batch, places = batch.to(device), torch.tensor(ends, device=device)
+    # 1. All prompts as one row; the keys and values of every layer are kept.
+    cache = Cache(items, max_new_tokens, device)
+    with _attending(model, lambda _, attention: _Keeping(cache, attention)):
+        pick(stages.through(model, batch.tokens.shape[1], lambda: model(batch, logits_at=places, images=images)))
     # 2. The last token of every open answer.
     with _attending(model, lambda layer, attention: _Reading(cache, layer, attention.scale)):
         while cache.keep_open():
             latest = [(item.answers[question][-1], item.position(question)) for item in items for question in item.open]
             tokens, positions = torch.tensor(latest, device=device).t()[:, None]
-            language = model.language
-            # The marks of a row mean nothing here: the cache knows who sees whom.
-            hidden = language.decode(language.embedding(tokens).transpose(0, 1), tokens, positions)
+            pick(stages.through(model, len(latest), lambda ids=tokens, at=positions: _step(model, ids, at)))
             cache.grow()
-            pick((hidden[:, 0] @ language.head_weight.t()).float())
+
+
+def _step(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One token of each answer, (1, n) ids at positions, through this stage; the last one's logits (n, v) float32."""
+    language = model.language
+    hidden = language.embedding(tokens).transpose(0, 1) if model.pre_process else None
+    # The marks of a row mean nothing here: the cache knows who sees whom.
+    hidden = language.decode(hidden, tokens, positions)
+    if not model.post_process:
+        return hidden
+    logits = (hidden[:, 0] @ language.head_weight.t()).float()
+    return gather_from_tensor_model_parallel_region(logits, group=model.tp_group)
 
 
 @contextmanager
 def _attending(model: Any, make: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
-    """Other attention in the decoder's layers, given by number and the layer's own."""
+    """Other attention in the layers of this stage, given by number and the layer's own."""
     layers = [layer.self_attention for layer in model.language.decoder.layers]
     own = [layer.core_attention for layer in layers]
     try:
@@ -151,12 +173,12 @@ def _attending(model: Any, make: Callable[[int, nn.Module], nn.Module]) -> Itera
 class _Keeping(nn.Module):
     """The layer's own attention; its keys and values go into the cache."""
 
-    def __init__(self, cache: Cache, layer: int, attention: nn.Module) -> None:
+    def __init__(self, cache: Cache, attention: nn.Module) -> None:
         super().__init__()
-        self._cache, self._layer, self._attention = cache, layer, attention
+        self._cache, self._attention = cache, attention
 
     def forward(self, query: Any, key: Any, value: Any, attention_mask: Any, **others: Any) -> Any:
-        self._cache.keep(self._layer, key[:, 0], value[:, 0])
+        self._cache.keep(key[:, 0], value[:, 0])
         return self._attention(query, key, value, attention_mask, **others)
 
 

@@ -1,127 +1,132 @@
 """Keys and values of prompts that share a row: of each prefix once, of each open answer its own.
 
-Letters: p tokens of a prefix, m open answers of a prompt, c tokens of the longest of them, h query heads and k
-key-value heads, g = h / k, d numbers in a head.
+Letters: n open answers of P prompts, p tokens of the longest prefix, c tokens of the longest answer's own part, h query
+heads and k key-value heads of this tensor-parallel rank, g = h / k, d numbers in a head, L layers of this stage. All
+answers are one batch, whatever prompts they belong to: a step takes the same few operators for one as for many.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from megatron_vlm.evaluate.generate import Running
-
-
-@dataclass
-class _Layer:
-    """Of one prompt in one layer."""
-
-    prefix: tuple[torch.Tensor, torch.Tensor]
-    """Keys and values (k, p, d)."""
-    branches: tuple[torch.Tensor, torch.Tensor]
-    """Keys and values (m, k, room, d)."""
-
-
-@dataclass
-class _Prompt:
-    """A prompt in the cache."""
-
-    item: Running
-    questions: list[int]
-    """Those with a place in `branches`, in order."""
-    lengths: torch.Tensor
-    """(m,) tokens of each that are in the cache."""
-    layers: list[_Layer] = field(default_factory=list)
+from megatron_vlm.evaluate.prompt import Running
 
 
 class Cache:
-    """Filled by one forward pass over the row of all prompts, then grown by a token of every open answer at a time."""
+    """Filled by one forward pass over the row of all prompts, then grown by a token of every open answer at a time.
 
-    def __init__(self, items: Sequence[Running], room: int) -> None:
+    Where no prompt has several questions nothing is shared: the prefix is then the beginning of the answer's own part.
+    """
+
+    def __init__(self, items: Sequence[Running], room: int, device: torch.device | str) -> None:
         """room: tokens that an answer may grow by."""
-        self._room = room
-        self._prompts = [
-            _Prompt(
-                item, list(item.open), torch.tensor([len(item.ids(q)) - len(item.prompt.prefix) for q in item.open])
-            )
-            for item in items
+        self._items = list(items)
+        #: (item, question) of each answer, in order.
+        self._answers = [(place, question) for place, item in enumerate(items) for question in item.open]
+        self._shares = any(len(item.open) > 1 for item in items)
+        self._prefixes = [len(item.prompt.prefix) for item in items]
+        self._own = [
+            items[place].position(question) + 1 - (self._prefixes[place] if self._shares else 0)
+            for place, question in self._answers
         ]
+        self._room = max(self._own, default=0) + room
+        self._lengths = torch.tensor(self._own, device=device)
+        self._longest = max(self._own, default=0)
+        #: (n, 1, 1, room): 0 where an answer may look, minus infinity elsewhere.
+        self._mask = _beyond(self._lengths, self._room)
+        self._shared_mask: torch.Tensor | None = None
+        if len(set(self._prefixes)) > 1:
+            self._shared_mask = _beyond(torch.tensor(self._prefixes, device=device), max(self._prefixes))
+        self._layers: list[list[torch.Tensor]] = []
+        self._prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seat()
 
-    def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keys and values of the whole row, (s, k, d), layer after layer."""
-        at = 0
-        for prompt in self._prompts:
-            assert len(prompt.layers) == layer, "layers come in their order"
-            end = at + len(prompt.item.prompt.prefix)
-            prefix = [whole[at:end].transpose(0, 1).clone() for whole in (key, value)]
-            shape = (
-                len(prompt.questions),
-                key.shape[1],
-                int(max(prompt.lengths, default=0)) + self._room,
-                key.shape[2],
-            )
-            branches = [key.new_zeros(shape) for _ in range(2)]
-            for number, length in enumerate(prompt.lengths.tolist()):
-                for buffer, whole in zip(branches, (key, value), strict=True):
-                    buffer[number, :, :length] = whole[end : end + length].transpose(0, 1)
-                end += length
-            prompt.layers.append(_Layer((prefix[0], prefix[1]), (branches[0], branches[1])))
-            at = end
+    def _seat(self) -> None:
+        """Where each answer sits among those of its prompt: the row of a table (P, most answers of a prompt)."""
+        self._rows = torch.arange(len(self._answers), device=self._lengths.device)
+        counts = [sum(place == each for each, _ in self._answers) for place in range(len(self._items))]
+        self._most = max(counts, default=0)
+        seats = [place * self._most + seat for place, count in enumerate(counts) for seat in range(count)]
+        self._seats = torch.tensor(seats, dtype=torch.int64, device=self._lengths.device)
+        self._full = len(seats) == len(counts) * self._most
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keys and values of the whole row, (s, k, d), one layer after another."""
+        heads, size = key.shape[1:]
+        own = [key.new_zeros(len(self._answers), heads, self._room, size) for _ in range(2)]
+        prefix = [key.new_zeros(len(self._items), heads, max(self._prefixes), size) for _ in range(2)]
+        at = answer = 0
+        for place, item in enumerate(self._items):
+            start, at = at, at + self._prefixes[place]
+            for buffer, whole in zip(prefix, (key, value), strict=True):
+                buffer[place, :, : self._prefixes[place]] = whole[start:at].transpose(0, 1)
+            for _ in item.open:
+                first = 0 if self._shares else self._prefixes[place]
+                end = at + self._own[answer] - first
+                for buffer, whole in zip(own, (key, value), strict=True):
+                    buffer[answer, :, :first] = whole[start : start + first].transpose(0, 1)
+                    buffer[answer, :, first : self._own[answer]] = whole[at:end].transpose(0, 1)
+                at, answer = end, answer + 1
+        self._layers.append(own)
+        if self._shares:
+            self._prefix.append((prefix[0], prefix[1]))
 
     def keep_open(self) -> bool:
-        """Drop the answers that have ended; whether any is left."""
-        for prompt in self._prompts:
-            kept = [place for place, question in enumerate(prompt.questions) if question in prompt.item.open]
-            if len(kept) == len(prompt.questions):
-                continue
-            prompt.questions = [prompt.questions[place] for place in kept]
-            prompt.lengths = prompt.lengths[kept]
-            for layer in prompt.layers:
-                layer.branches = layer.branches[0][kept], layer.branches[1][kept]
-        return any(prompt.questions for prompt in self._prompts)
+        """Drop the answers that have ended, make room for a token of each other; whether any is left."""
+        kept = [row for row, (place, question) in enumerate(self._answers) if question in self._items[place].open]
+        if len(kept) < len(self._answers):
+            self._answers = [self._answers[row] for row in kept]
+            self._lengths, self._mask = self._lengths[kept], self._mask[kept]
+            self._layers = [[buffer[kept] for buffer in layer] for layer in self._layers]
+            self._seat()
+        self._mask[self._rows, 0, 0, self._lengths] = 0
+        self._longest += 1
+        return bool(self._answers)
 
     def grow(self) -> None:
         """The token that `attend` has put into every layer is part of each answer now."""
-        for prompt in self._prompts:
-            prompt.lengths = prompt.lengths + 1
+        self._lengths += 1
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Add one key and value of every open answer, (n, k, d), and attend with its query, (n, h, d) -> (n, h x d)."""
-        out = torch.empty_like(query)
-        at = 0
-        for prompt in self._prompts:
-            end = at + len(prompt.questions)
-            if at < end:
-                out[at:end] = _attend(prompt, layer, query[at:end], key[at:end], value[at:end], scale)
-            at = end
-        return out.flatten(1)
+        keys, values = self._layers[layer]
+        keys[self._rows, :, self._lengths] = key
+        values[self._rows, :, self._lengths] = value
+        keys, values = keys[:, :, : self._longest], values[:, :, : self._longest]
+        grouped = query.unflatten(1, (key.shape[1], -1)) * scale
+        # 1. Scores of the answer itself: (n, k, g, d) x (n, k, d, c).
+        own = grouped @ keys.transpose(2, 3) + self._mask[..., : self._longest]
+        if not self._shares:
+            return (own.float().softmax(dim=-1).to(values.dtype) @ values).flatten(1)
+        # 2. Scores of the prefix, all answers of a prompt at once: (P, k, m g, d) x (P, k, d, p).
+        prefix_keys, prefix_values = self._prefix[layer]
+        shared = self._apart(self._together(grouped) @ prefix_keys.transpose(2, 3))
+        # 3. One softmax over both, in float32.
+        weights = torch.cat([shared, own], dim=-1).float().softmax(dim=-1).to(values.dtype)
+        to_shared, to_own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+        seen = self._apart(self._together(to_shared) @ prefix_values, masked=False)
+        return (seen + to_own @ values).flatten(1)
+
+    def _together(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, k, g, x) -> (P, k, m g, x): the answers of each prompt side by side."""
+        if not self._full:
+            table = rows.new_zeros(len(self._items) * self._most, *rows.shape[1:])
+            rows = table.index_copy(0, self._seats, rows)
+        return rows.unflatten(0, (len(self._items), -1)).transpose(1, 2).flatten(2, 3)
+
+    def _apart(self, table: torch.Tensor, *, masked: bool = True) -> torch.Tensor:
+        """(P, k, m g, x) -> (n, k, g, x); masked: x are the places of a prefix, those beyond its end not to be seen."""
+        if masked and self._shared_mask is not None:
+            table = table + self._shared_mask
+        rows = table.unflatten(2, (self._most, -1)).transpose(1, 2).flatten(0, 1)
+        return rows if self._full else rows.index_select(0, self._seats)
 
 
-def _attend(
-    prompt: _Prompt, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Of one prompt: (m, h, d), (m, k, d), (m, k, d) -> (m, h, d)."""
-    layer, lengths = prompt.layers[number], prompt.lengths.to(query.device)
-    answers = torch.arange(len(lengths), device=query.device)
-    for buffer, new in zip(layer.branches, (key, value), strict=True):
-        buffer[answers, :, lengths] = new
-    longest = int(prompt.lengths.max()) + 1
-    own_key, own_value = (buffer[:, :, :longest] for buffer in layer.branches)
-    kv_heads = key.shape[1]
-    grouped = query.unflatten(1, (kv_heads, -1)) * scale
-    # 1. Scores of the prefix, which all answers share: (k, m g, d) x (k, d, p).
-    together = grouped.transpose(0, 1).flatten(1, 2)
-    shared = (together @ layer.prefix[0].transpose(1, 2)).unflatten(1, (len(lengths), -1)).transpose(0, 1)
-    # 2. Scores of the answer itself: (m, k, g, d) x (m, k, d, c).
-    own = grouped @ own_key.transpose(2, 3)
-    beyond = torch.arange(longest, device=query.device) > lengths[:, None]
-    own = own.masked_fill(beyond[:, None, None], -torch.inf)
-    # 3. One softmax over both, in float32.
-    weights = torch.cat([shared, own], dim=-1).float().softmax(dim=-1).to(query.dtype)
-    to_shared, to_own = weights.split([shared.shape[-1], longest], dim=-1)
-    seen = (to_shared.transpose(0, 1).flatten(1, 2) @ layer.prefix[1]).unflatten(1, (len(lengths), -1)).transpose(0, 1)
-    return (seen + to_own @ own_value).flatten(1, 2)
+def _beyond(lengths: torch.Tensor, places: int) -> torch.Tensor:
+    """(n, 1, 1, places) float32: minus infinity from each length on."""
+    beyond = torch.arange(places, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(beyond.shape, device=lengths.device).masked_fill(beyond, -torch.inf)[:, None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from megatron_vlm.checkpoint import load as checkpoint
 from megatron_vlm.config import load as config_load
-from megatron_vlm.config import presets
+from megatron_vlm.config import presets, rules
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import manifest as manifests
 from megatron_vlm.data.example import Example
@@ -41,18 +42,23 @@ class Trained:
         return self.tree.tokenizer
 
 
-def load(checkpoint_path: str | Path, *, trained: bool = True) -> Trained:
-    """The model of a checkpoint, of a folder of checkpoints or of a run (the newest). Groups of one process exist.
+def load(checkpoint_path: str | Path, *, trained: bool = True, tensor: int = 1, pipeline: int = 1) -> Trained:
+    """The model of a checkpoint, of a folder of checkpoints or of a run (the newest), or this rank's part of it.
 
+    The groups of this layout exist; it need not be the one that saved.
     trained: False leaves the random weights that the run began with: what it could do before training.
     Raises ValueError where there is no checkpoint, or it does not hold the model that its settings describe.
     """
     record = checkpoint.read(checkpoint_path)
     config = config_load.from_dict(record.config, f"in the checkpoint {record.path}")
     config = config.alone()
+    parallel = dataclasses.replace(config.parallel, tensor=tensor, pipeline=pipeline)
+    # Scores during training have rules of their own about layouts.
+    config = dataclasses.replace(config, parallel=parallel, eval=dataclasses.replace(config.eval, tasks=()))
+    rules.check(config, tensor * pipeline)
     arch = presets.architecture(config.model)
     checkpoint.check_architecture(record, config)
-    (model,) = build(config, Layout(1))
+    (model,) = build(config, Layout(tensor * pipeline, tensor, pipeline=pipeline))
     if trained:
         checkpoint.load(record.path, models=[model], config=config)
     tree = TreeSettings.of(config.data, Tokenizer.load(config.data.tokenizer, arch.language), arch)

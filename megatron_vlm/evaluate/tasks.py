@@ -16,7 +16,7 @@ from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.media import Store, read_crops
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tree import TreeSettings, media_layouts, prefix_tokens
-from megatron_vlm.evaluate.generate import Prompt
+from megatron_vlm.evaluate.prompt import Prompt
 
 #: Ends of the styles of answers without a natural length: the usual length hint is right for them. All others are short
 #: or made of places.

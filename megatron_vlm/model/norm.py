@@ -86,7 +86,16 @@ class TorchRMSNorm(_Norm):
 
         Statistics in float32, the product with the weight in the model's dtype: the order in which Qwen3 was trained.
         """
+        if not torch.is_grad_enabled():  # an autograd function takes longer than the norm of a few tokens
+            return _rms(x, self.weight, self.eps)[0]
         return _RmsNorm.apply(x, self.weight, self.eps)
+
+
+def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm, and what each vector was multiplied with (float32)."""
+    x32 = x.float()
+    scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x32 * scale).to(x.dtype).mul_(weight), scale
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -94,10 +103,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x32 = x.float()
-        scale = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = _rms(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).to(x.dtype).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx, gradient):

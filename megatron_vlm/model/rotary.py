@@ -49,7 +49,7 @@ class NormedRotary(TorchRMSNorm):
 
 def _rotate(x: torch.Tensor, cos_sin: torch.Tensor | None) -> torch.Tensor:
     assert cos_sin is not None, "DecoderLayer lends the angles before its attention runs"
-    return _Rotate.apply(x, cos_sin)
+    return _Rotate.apply(x, cos_sin) if torch.is_grad_enabled() else _turn(x, cos_sin, 1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -127,6 +127,11 @@ def pipeline() -> dist.ProcessGroup:
     return parallel_state.get_pipeline_model_parallel_group()
 
 
+def model() -> dist.ProcessGroup:
+    """Ranks that hold one model together: its pipeline stages, tensor-parallel neighbours first."""
+    return parallel_state.get_model_parallel_group()
+
+
 def tensor_and_context() -> dist.ProcessGroup:
     """Ranks that share the rows of one micro-batch, tensor-parallel neighbours first."""
     return parallel_state.get_tensor_and_context_parallel_group()

@@ -93,11 +93,12 @@ def peak_memory() -> list[int]:
 
 
 def tool(body: Callable[[], None]) -> int:
-    """Run the body of a tool of one process, and leave; its exit code. A ValueError is one paragraph on stderr."""
+    """Run the body of a tool, and leave; its exit code. A ValueError is one paragraph on stderr, from one process."""
     try:
         body()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks(str(error)):
+            print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         leave()

@@ -36,13 +36,13 @@ def exported(request, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def same_answer(exported: tuple[Path, Path], inputs: Any, mine: Any) -> None:
-    """32 greedy tokens of transformers' model equal ours."""
+    """64 greedy tokens of transformers' model equal ours."""
     from transformers import AutoModelForImageTextToText
 
     from megatron_vlm.checkpoint import load
     from megatron_vlm.config.schema import Config, ModelConfig
     from megatron_vlm.convert import answers
-    from megatron_vlm.evaluate.generate import generate
+    from megatron_vlm.evaluate.decode import decode
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel.layout import Layout
 
@@ -50,13 +50,13 @@ def same_answer(exported: tuple[Path, Path], inputs: Any, mine: Any) -> None:
     assert inputs["input_ids"][0].tolist() == [*mine.prefix, *mine.questions[0]]
     model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    said = model.eval().generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :].tolist()
+    said = model.eval().generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :].tolist()
     tokenizer = Tokenizer(world.tokenizer(), world.ARCH.language)
     with answers.alone():
         (own,) = build(Config(model=ModelConfig(preset="like_8b")), Layout(1))
         load.load(checkpoint, models=[own])
-        ((answer,),) = generate(own, [mine], tokenizer, max_new_tokens=32)
-    assert said == answer and len(answer) == 32 and len(set(answer)) > 4
+        ((answer,),) = decode(own, [mine], tokenizer, max_new_tokens=64)
+    assert said == answer and len(answer) == 64 and len(set(answer)) > 4
 
 
 @pytest.mark.parametrize("name", IMAGES)

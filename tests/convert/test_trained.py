@@ -25,7 +25,7 @@ def test_a_trained_import_answers_in_transformers_as_ours_does(tmp_path):
 
     from megatron_vlm.checkpoint import load
     from megatron_vlm.convert import answers, exporting
-    from megatron_vlm.evaluate.generate import generate
+    from megatron_vlm.evaluate.decode import decode
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel.layout import Layout
     from megatron_vlm.train import __main__ as command
@@ -60,10 +60,10 @@ def test_a_trained_import_answers_in_transformers_as_ours_does(tmp_path):
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
     )  # fmt: skip
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
-    said = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
+    said = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
     prompt = world.prompt(data.ARCH, data.definition(), "pointing: red cups", pixels=[np.asarray(image)], most_crops=2)
     with answers.alone(), torch.no_grad():
         (own,) = build(Config(), Layout(1))
         load.load(tmp_path / "run", models=[own])
-        ((answer,),) = generate(own, [prompt], data.tokenizer(), max_new_tokens=32)
+        ((answer,),) = decode(own, [prompt], data.tokenizer(), max_new_tokens=64)
     assert said.tolist()[: len(answer)] == answer and answer

@@ -192,7 +192,7 @@ def prompt(
 
     definition: a tokenizer.json.
     """
-    from megatron_vlm.evaluate.generate import Prompt
+    from megatron_vlm.evaluate.prompt import Prompt
 
     geometry, tokenizer = image_geometry(arch, most_crops), Tokenizer(definition, arch.language)
     layouts: list[Layout] = [image_layout(image.shape[1], image.shape[0], geometry) for image in pixels]

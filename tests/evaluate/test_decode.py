@@ -10,9 +10,10 @@ import pytest
 
 from megatron_vlm.config.architecture import VISION_TOKENS
 from megatron_vlm.convert import probe
-from megatron_vlm.evaluate.generate import Prompt, generate
+from megatron_vlm.evaluate.prompt import Prompt
 from megatron_vlm.evaluate.sampling import Sampling
 from megatron_vlm.parallel.layout import Layout
+from tests.evaluate.plain import generate
 from tests.model import tiny
 from tests.model.reference import randomize
 
@@ -115,3 +116,14 @@ def test_a_prompt_that_is_too_long_is_refused(model):
     short = Prompt([1], [[5, 6]], *(getattr(prompts()[1], name) for name in ("crops", "windows")))
     with pytest.raises(ValueError, match=r"prompt 1 has 13 tokens and may get 500 more, but .* 512 positions"):
         decode(model, [short, prompts()[1]], TOKENIZER, max_new_tokens=500)
+
+
+def test_groups_keep_within_their_row_and_the_room_of_the_longest_prefix():
+    from megatron_vlm.evaluate.decode import _groups
+
+    def lengths(*prefixes: int) -> list[Prompt]:
+        shared = prompts()[0]
+        return [dataclasses.replace(shared, prefix=[1] * length, questions=[[5] * 10]) for length in prefixes]
+
+    assert list(_groups(lengths(50, 200, 20, 20), 100)) == [[0], [1], [2, 3]]
+    assert list(_groups(lengths(60, 0, 0, 0, 0), 100)) == [[0, 1, 2], [3, 4]]  # 3 x 60 <= 200 < 4 x 60

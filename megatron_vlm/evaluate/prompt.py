@@ -1,22 +1,21 @@
-"""Greedy answers to questions about images: each round predicts one more token of every open answer.
+"""Prompts, and the rows that they make: what decode.py asks a model.
 
-The plain way: images are encoded once, the decoder has no cache and reads everything again each round. decode.py, which
-the tools use, is held against it token for token, and shares its prompts and rows.
-
-Questions about one image share it: they are branches of one example, so one forward serves them all, and several
-examples are packed into a row. Finished answers leave the row, waiting examples take their place. One process only.
+Questions about one image share it: they are branches of one example, and several examples are packed into a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_vlm.batch import PAD, PREFIX_BRANCH, Batch
 from megatron_vlm.data.tokens import Tokenizer
+from megatron_vlm.parallel.split import even_counts, offsets
 
 
 @dataclass(frozen=True)
@@ -56,59 +55,18 @@ class Running:
         return len(self.prompt.prefix) + sum(len(self.prompt.questions[q]) + len(self.answers[q]) for q in self.open)
 
 
-def generate(
-    model: torch.nn.Module,
-    prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
-    *,
-    max_new_tokens: int,
-    row_tokens: int = 4096,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int], None] = lambda finished: None,
-) -> list[list[list[int]]]:
-    """Answers by prompt and question, as ids without the end of sequence.
+def encode(model: Any, items: Sequence[Running], tokenizer: Tokenizer, device: torch.device | str) -> None:
+    """Give each item its features; all items of a round go through the tower together, dealt to the crop ranks.
 
-    model:      a whole VlmModel (no pipeline, no context parallelism).
-    row_tokens: most tokens in a forward pass; an example longer than that gets a pass of its own.
-    progress:   told the number of prompts just finished.
+    model: a VlmModel with the first stage.
     """
-    answers: list[list[list[int]]] = [[[] for _ in prompt.questions] for prompt in prompts]
-    waiting = [Running(prompt, said, list(range(len(said)))) for prompt, said in zip(prompts, answers, strict=True)][
-        ::-1
-    ]
-    running: list[Running] = []
-    model.eval()
-    with torch.no_grad():
-        while waiting or running:
-            used = sum(item.tokens() for item in running)
-            fresh: list[Running] = []
-            while waiting and (not running and not fresh or used + waiting[-1].tokens() <= row_tokens):
-                fresh.append(waiting.pop())
-                used += fresh[-1].tokens()
-            encode(model, fresh, tokenizer, device)
-            running += fresh
-            batch, ends = row(running, tokenizer)
-            images = torch.cat([item.features for item in running if item.features is not None])
-            logits = model(batch.to(device), logits_at=torch.tensor(ends, device=device), images=images)
-            following = iter(logits.argmax(dim=-1).tolist())
-            for item in running:
-                for question in list(item.open):
-                    token = next(following)
-                    if token != tokenizer.eos:
-                        item.answers[question].append(token)
-                    if token == tokenizer.eos or len(item.answers[question]) >= max_new_tokens:
-                        item.open.remove(question)
-            done = [item for item in running if not item.open]
-            running = [item for item in running if item.open]
-            progress(len(done))
-    return answers
-
-
-def encode(model: torch.nn.Module, items: Sequence[Running], tokenizer: Tokenizer, device: torch.device | str) -> None:
-    """Give each item its features; all items of a round go through the tower together."""
     if not items:
         return
     batch, _ = row(items, tokenizer, pixels=True)
+    ranks, rank = model.crop_group.size(), model.crop_group.rank()
+    counts = even_counts(len(batch.crops), ranks)
+    first = offsets(counts)[rank]
+    batch = dataclasses.replace(batch, crops=batch.crops[first : first + counts[rank]], crop_counts=tuple(counts))
     placeholders = [list(item.prompt.prefix).count(tokenizer.im_patch) for item in items]
     for item, features in zip(items, model.encode(batch.to(device)).split(placeholders), strict=True):
         item.features = features
