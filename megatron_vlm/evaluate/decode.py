@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ def _answer(
         while cache.keep_open():
             latest = [(item.answers[question][-1], item.position(question)) for item in items for question in item.open]
             tokens, positions = torch.tensor(latest, device=device).t()[:, None]
-            pick(stages.through(model, len(latest), lambda ids=tokens, at=positions: _step(model, ids, at)))
+            pick(stages.through(model, len(latest), partial(_step, model, tokens, positions)))
             cache.grow()
 
 
