@@ -42,6 +42,13 @@ def problems(config: Config, arch: Architecture, world: int) -> Iterator[str]:
             f"fp8.recipe=delayed scales all layers by one history and cannot leave {kept} in bf16; set "
             "fp8.first_layers_bf16=0 fp8.last_layers_bf16=0, or take fp8.recipe=tensorwise."
         )
+    if fp8.recipe == "delayed" and "vision" in fp8.components:
+        yield (
+            "fp8.recipe=delayed exchanges its scales over the ranks, and one without images has none of the tower's; "
+            "leave vision out of fp8.components, or take fp8.recipe=tensorwise."
+        )
+    if fp8.format == "e4m3" and fp8.recipe in ("tensorwise", "delayed"):
+        yield f"fp8.recipe={fp8.recipe} with fp8.format=e4m3: gradients need the range of e5m2; set fp8.format=hybrid."
     if "language" in fp8.components and kept >= arch.language.layers:
         yield (
             f"fp8.first_layers_bf16={fp8.first_layers_bf16} and fp8.last_layers_bf16={fp8.last_layers_bf16} leave none "

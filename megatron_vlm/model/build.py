@@ -164,6 +164,9 @@ def fp8(config: Config, component: str) -> dict[str, Any]:
         "first_last_layers_bf16": first + last > 0,
         "num_layers_at_start_in_bf16": first,
         "num_layers_at_end_in_bf16": last,
+        # Megatron tells a model that a step begins by the decoder's configuration; without FP8 there, the tower would
+        # go on with the 8-bit weights of its first step.
+        "disable_parameter_transpose_cache": component != "language",
     }
 
 

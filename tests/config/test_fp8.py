@@ -33,6 +33,17 @@ def test_real_models_fit_at_16384_tokens(preset, tensor, context, recipe):
     assert not problems(preset, 16_384, {"tensor": tensor, "context": context, "sequence": True}, recipe=recipe)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("context", [1, 8])
+@pytest.mark.parametrize("recipe", ["blockwise", "delayed"])
+def test_full_blocks_of_128_and_one_history(preset, tensor, context, recipe):
+    """16,384 / 8 = 2,048 tokens a rank; of the MLP widths only 9,728 / 8 = 1,216 = 9.5 x 128 is refused."""
+    settings = {"first_layers_bf16": 0, "last_layers_bf16": 0} if recipe == "delayed" else {}
+    found = problems(preset, 16_384, {"tensor": tensor, "context": context}, recipe=recipe, **settings)
+    assert bool(found) == (recipe == "blockwise" and preset == "molmo2_4b" and tensor == 8)
+
+
 REFUSED = [
     (
         "molmo2_4b",
@@ -73,6 +84,8 @@ REFUSED = [
         {"first_layers_bf16": 30, "last_layers_bf16": 6},
         "leave none of the decoder's 36 layers",
     ),
+    ("molmo2_4b", 16_384, {}, {"recipe": "delayed", "components": ("vision",)}, "one without images has none"),
+    ("molmo2_4b", 16_384, {}, {"format": "e4m3"}, "gradients need the range of e5m2; set fp8.format=hybrid"),
     ("molmo2_4b", 16_384, {"pipeline": 12}, {"last_layers_bf16": 4}, "is more than the 3 layers of a pipeline chunk"),
 ]
 

@@ -138,14 +138,22 @@ def centre_norms(module: Any) -> None:
         module.zero_centered_gamma = True
 
 
-def trained(precision: str, sections: dict[str, Any], steps: int = 8) -> tuple[list[float], list[str]]:
+def trained(
+    precision: str, sections: dict[str, Any], steps: int = 8, recompute: str = "none"
+) -> tuple[list[float], list[str]]:
     """Losses of steps on one batch, and the linear layers that computed in FP8."""
     from megatron_vlm.train import optim
     from megatron_vlm.train.step import Stepper
 
     layout = Layout(world, tensor=world)
     parallel = {"tensor": world, "sequence": world > 1}
-    config = tiny.config(ARCH, parallel=parallel, precision=precision, sections=SPECS["transformer_engine"] | sections)
+    config = tiny.config(
+        ARCH,
+        parallel=parallel,
+        precision=precision,
+        recompute=recompute,
+        sections=SPECS["transformer_engine"] | sections,
+    )
     groups.initialize(layout, seed=0, timeout_s=50)
     try:
         models = optim.wrap(build.build(config, layout), config)
@@ -158,6 +166,36 @@ def trained(precision: str, sections: dict[str, Any], steps: int = 8) -> tuple[l
             if getattr(module, "fp8_meta", {}).get("recipe") is not None and getattr(module, "fp8", False)
         ]
         return losses, used
+    finally:
+        groups.destroy()
+
+
+def encoder() -> dict[str, Any]:
+    """The tower alone in FP8, trained: which layers were, and the loss before and after its 8-bit weights are thrown
+    away, which are those of the last step if the two are equal."""
+    from megatron_vlm.config.schema import ComponentOptimConfig, OptimConfig
+    from megatron_vlm.train import optim
+    from megatron_vlm.train.step import Stepper
+
+    rates = ComponentOptimConfig(lr=1e-2, min_lr=1e-2)
+    sections = {"fp8": Fp8Config(components=("vision",)), "optim": OptimConfig(vision=rates)}
+    config = tiny.config(ARCH, precision="fp8", sections=SPECS["transformer_engine"] | sections)
+    groups.initialize(Layout(1), seed=0, timeout_s=50)
+    try:
+        (model,) = build.build(config, Layout(1))
+        with torch.no_grad():
+            for parameter in model.parameters():  # as in layouts.step: else images hardly count
+                parameter.mul_(8 if parameter.dim() > 1 else 1)
+        models = optim.wrap([model], config)
+        stepper = Stepper(models, optim.build(models, config), config, ("test",))
+        batch = tiny.batch(ARCH, [0])
+        losses = [stepper.train([batch], step).loss for step in range(1, 4)]
+        used = [name for name, module in model.named_modules() if getattr(module, "fp8", False) is True]
+        seen = [stepper.evaluate(iter([[batch]])).loss]
+        for module in model.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
+        seen.append(stepper.evaluate(iter([[batch]])).loss)
+        return {"losses": losses, "layers": used, "evaluated": seen}
     finally:
         groups.destroy()
 
@@ -227,6 +265,9 @@ def main() -> dict[str, Any]:
     found["bf16"], _ = trained("bf16", {})
     with reference_recipe():
         found["fp8"], found["fp8 layers"] = trained("fp8", {"fp8": Fp8Config()})
+        if world == 1:
+            found["fp8 recomputed"], _ = trained("fp8", {"fp8": Fp8Config()}, 3, "full")
+            found["encoder"] = encoder()
     return found
 
 

@@ -209,6 +209,11 @@ def _pretend() -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9, minor=0)
+    from transformer_engine.pytorch import distributed
+
+    # What recomputation keeps of the random generators.
+    distributed._get_cuda_rng_state = lambda *device, **options: torch.default_generator.get_state()
+    distributed._set_cuda_rng_state = lambda state, *device, **options: torch.default_generator.set_state(state)
 
 
 def _fake_triton(package: str) -> None:

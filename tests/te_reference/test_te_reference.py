@@ -104,3 +104,17 @@ def test_fp8_trains_in_the_layers_of_the_policy(one, two):
         assert found["fp8"] != found["bf16"]
         # 6.2e-4 measured.
         assert all(abs(a - b) / b < 2e-3 for a, b in zip(found["fp8"], found["bf16"], strict=True))
+
+
+def test_fp8_recomputed_in_backward_is_the_same(one):
+    assert one["fp8 recomputed"] == one["fp8"][:3]
+
+
+def test_a_tower_in_fp8_follows_its_weights(one):
+    """Also where the decoder is in bf16: 8-bit copies of weights must not outlive the step."""
+    found = one["encoder"]
+    linears = ("mlp.linear_fc1", "mlp.linear_fc2", "self_attention.linear_proj", "self_attention.linear_qkv")
+    blocks = ("0.layers.0", "1.layers.0", "1.layers.1")
+    assert set(found["layers"]) == {f"vision.blocks.{block}.{name}" for block in blocks for name in linears}
+    assert len(set(found["losses"])) == 3
+    assert found["evaluated"][0] == found["evaluated"][1] != found["losses"][-1]
