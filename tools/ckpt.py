@@ -3,6 +3,7 @@
     python tools/ckpt.py info runs/tiny-stage1              the newest of a run, or any checkpoint
     python tools/ckpt.py verify runs/tiny-stage1            all checkpoints of a run; exit code 1 if one is damaged
     python tools/ckpt.py diff A B [--tolerance 1e-6]        settings, model and weights; exit code 1 if weights differ
+    python tools/ckpt.py whole CKPT --out DIR               a copy that needs no frozen weights beside it
 
 Works without a GPU and without the model; checkpoints of any layout. Files are verified before anything is read, and no
 pickle is trusted.
@@ -22,7 +23,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vlm.checkpoint import directory as names
-from megatron_vlm.checkpoint import load, sharded, unpickle, verify
+from megatron_vlm.checkpoint import load, sharded, unpickle, verify, whole
 
 #: Tensors that `diff` names.
 _SHOWN = 20
@@ -40,6 +41,9 @@ def main(argv: Sequence[str]) -> int:
     diff.add_argument(
         "--tolerance", type=float, default=0.0, help="largest relative difference of a tensor (default 0)"
     )
+    copy = commands.add_parser("whole", help="copy a checkpoint with the frozen weights that it refers to")
+    copy.add_argument("checkpoint", type=Path)
+    copy.add_argument("--out", type=Path, metavar="DIR", required=True, help="directory for the copy, iter_*")
     asked = parser.parse_args(argv)
     try:
         if asked.command == "info":
@@ -47,10 +51,13 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if asked.command == "verify":
             return check(asked.checkpoint)
+        if asked.command == "whole":
+            print(f"Written: {whole.whole(names.find(asked.checkpoint), asked.out)}")
+            return 0
         text, worst = compare(asked.first, asked.second)
         print(text)
         return 0 if worst <= asked.tolerance else 1
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -58,20 +65,23 @@ def main(argv: Sequence[str]) -> int:
 def info(path: Path) -> str:
     """A checkpoint in words. Raises ValueError where there is none or its small files are damaged."""
     record = load.read(path)
-    entries = verify.read_manifest(record.path)["files"]
-    metadata = unpickle.read_metadata(record.path, verify.files(record.path))
     numbers: dict[str, int] = defaultdict(int)
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            part = "optimizer" if name.startswith(sharded.OPTIMIZER) else ".".join(name.split(".")[:2])
-            numbers[part] += math.prod(entry.size)
+    sizes = []
+    for folder, metadata in unpickle.read_folders(record.path):
+        entries = verify.read_manifest(folder)["files"]
+        sizes.append(f"{sum(entry['bytes'] for entry in entries.values()):,} bytes in {len(entries)} files")
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                part = "optimizer" if name.startswith(sharded.OPTIMIZER) else ".".join(name.split(".")[:2])
+                numbers[part] += math.prod(entry.size)
     model, run = record.config.get("model", {}), record.config.get("run", {})
     state = record.state
     lines = [
         f"{record.path}: after step {record.step}",
         f"run        {run.get('name')}, preset {model.get('preset')}, layout when saved "
         f"{_degrees(record.config.get('parallel', {}))}",
-        f"size       {sum(entry['bytes'] for entry in entries.values()):,} bytes in {len(entries)} files",
+        f"size       {sizes[0]}",
+        *(f"frozen     {size}, in {folder} for all checkpoints there" for size in sizes[1:]),
     ]
     data = state.get("data")
     if isinstance(data, dict):
@@ -103,13 +113,14 @@ def _degrees(parallel: dict[str, Any]) -> str:
 def check(paths: Sequence[Path]) -> int:
     """Verify every checkpoint that `paths` mean (a run: all of its), one line each; the exit code."""
     worst = 0
+    known: set[Path] = set()
     for path in paths:
         found = names.complete(path) or names.complete(path / "checkpoints") or [names.find(path)]
         for checkpoint in found:
             try:
-                verify.verify(checkpoint)
+                verify.verify(checkpoint, known=known)
                 record = load.read(checkpoint)
-                unpickle.read_metadata(checkpoint, verify.files(checkpoint))
+                unpickle.read_folders(checkpoint)
                 print(f"sound    {checkpoint} (step {record.step})")
             except ValueError as error:
                 worst = 1

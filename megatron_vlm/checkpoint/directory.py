@@ -2,6 +2,7 @@
 
 checkpoints/iter_0000100/        one checkpoint, complete: it gets this name last
 checkpoints/latest               text file with the name of the newest
+checkpoints/frozen/              weights that they share; see `frozen.py`
 checkpoints/.writing-iter_*      being written, or left by a process that died; the next save removes it
 checkpoints/.removing-*          being removed
 """
@@ -94,11 +95,11 @@ def publish(directory: Path, step: int, kept: CheckpointConfig) -> Path:
         # Of an earlier run that came so far and was taken back to an older checkpoint.
         remove(final)
     os.rename(writing_path(directory, step), final)
-    _sync(directory)
+    sync(directory)
     replacement = directory / f".{LATEST}-{uuid.uuid4().hex}"
     replacement.write_text(final.name + "\n", encoding="utf-8")
     os.replace(replacement, directory / LATEST)
-    _sync(directory)
+    sync(directory)
     for old in superseded([path for path in complete(directory) if path != final], kept):
         remove(old)
     return final
@@ -135,7 +136,7 @@ def room(directory: Path, needed: int) -> str:
     return f"{'The disk is full: ' if full else ''}{words}.{advice if full else ''}"
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Names reach the disk before the next step relies on them."""
     handle = os.open(directory, os.O_RDONLY)
     try:

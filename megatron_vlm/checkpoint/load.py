@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_vlm.checkpoint import directory as names
-from megatron_vlm.checkpoint import sharded, unpickle, verify
+from megatron_vlm.checkpoint import frozen, sharded, unpickle, verify
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.checkpoint.directory import latest as latest
 from megatron_vlm.checkpoint.record import Record as Record
@@ -46,23 +46,36 @@ def load(
             verify.verify(record.path, part=dist.get_rank(), parts=dist.get_world_size())
         if config is not None:
             check_architecture(record, config)
-        metadata = unpickle.read_metadata(record.path, verify.files(record.path))
+        folders = unpickle.read_folders(record.path)
     contents = sharded.build(models, optimizer, is_loading=True)
     needed = {tensor.key: tuple(tensor.global_shape) for tensor in sharded.tensors(contents)}
     everywhere: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, needed)
-    stored = {name: tuple(entry.size) for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "size")}
+    stored = {
+        name: tuple(entry.size)
+        for _, metadata in folders
+        for name, entry in metadata.state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
     if optimizer is None:
         stored = {name: shape for name, shape in stored.items() if not name.startswith(sharded.OPTIMIZER)}
     _check_tensors(record.path, {name: shape for each in everywhere for name, shape in each.items()}, stored)
     reading = sharded.plain_errors(f"reading checkpoint {record.path}", "Use another checkpoint.", ValueError)
+    beside = {name for _, metadata in folders[1:] for name in metadata.state_dict_metadata}
+    shared, own = sharded.divide(contents, lambda entry: any(each.key in beside for each in sharded.tensors([entry])))
+    mine = frozen.held(frozen.split(contents)[0])
     with unpickle.only_weights(), reading:
-        loaded = dist_checkpointing.load(contents, str(record.path))
+        loaded = dist_checkpointing.load(own, str(record.path))
+        for path, _ in folders[1:]:
+            for name, tensors in dist_checkpointing.load(shared, str(path)).items():
+                loaded.setdefault(name, {}).update(tensors)
     for index, model in enumerate(models):
-        bare, found = sharded.unwrap(model), loaded[f"model{index}"]
+        bare, found = sharded.unwrap(model), loaded.get(f"model{index}", {})
         # None: Transformer Engine's layers keep what they have.
         extra = {name: None for name in bare.state_dict() if name.endswith("_extra_state")}
         bare.load_state_dict(extra | found, strict=True)
+    for path, metadata in folders[1:]:
+        frozen.note_loaded(mine, metadata, verify.reference(path))
     if optimizer is not None and sharded.trains(optimizer):
         sharded.fill_optimizer(optimizer, loaded["optimizer"])
     return record.state
@@ -78,10 +91,11 @@ def newest_sound(directory: Path) -> tuple[Path | None, list[str]]:
     if latest is None:
         return None, []
     faults: list[str] = []
+    known: set[Path] = set()
     for path in [latest, *(path for path in reversed(names.complete(directory)) if path != latest)]:
         try:
             with together("verifying a checkpoint"):
-                verify.verify(path, part=dist.get_rank(), parts=dist.get_world_size())
+                verify.verify(path, part=dist.get_rank(), parts=dist.get_world_size(), known=known)
                 read(path)
             return path, faults
         except ValueError as error:

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_format
 
 from megatron_vlm.checkpoint import directory as names
-from megatron_vlm.checkpoint import record, sharded, unpickle, verify
+from megatron_vlm.checkpoint import frozen, record, sharded, unpickle, verify
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.config.schema import CheckpointConfig, Config
 
@@ -40,7 +40,8 @@ def save(
     optimizer: Megatron's optimizer; None = weights only.
     state:     what else a resume needs, the same on all ranks, as JSON can hold it (ValueError otherwise).
     Writes under another name, reads every byte back, then renames; removes checkpoints that `config.checkpoint` does
-    not keep. An error on any rank is an error on all, and leaves earlier checkpoints and `latest` as they were.
+    not keep. Frozen parameters are written only if no part beside the checkpoints holds them. An error on any rank is
+    an error on all, and leaves earlier checkpoints and `latest` as they were.
     """
     with together("preparing the checkpoint"):
         documents = record.documents(config, state)
@@ -67,22 +68,18 @@ def write(
         with together("preparing the checkpoint", group):
             if rank == 0:
                 names.begin(directory, step)
+        needed = _bytes(contents, group)
+        frozen_contents, contents = frozen.split(contents)
+        reference = _store_frozen(directory, frozen_contents, step, group)
+        needed = _bytes(contents, group)
         writing = names.writing_path(directory, step)
-        with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
-            # Megatron's dist_checkpointing.save is these four parts, but leaves the other ranks waiting where rank 0
-            # cannot write the common one (which Megatron-core 0.19 reads under this name, and would write elsewhere).
-            tensors, common = save_preprocess(contents, validate_access_integrity=group is None)
-            needed = _bytes(tensors, group)
-            with together("writing the checkpoint", group):
-                if rank == 0:
-                    torch.save(common, writing / "common.pt")
-                    save_config(CheckpointingConfig("torch_dist", 1), str(writing))
-                    for name, text in documents.items():
-                        (writing / name).write_text(text, encoding="utf-8")
-            write_tensors(tensors, writing, group)
-        _check_written(writing, step, group)
+        _write_contents(writing, contents, documents, group)
+        _check_written(writing, step, group, reference)
         with together("publishing the checkpoint", group):
-            return names.publish(directory, step, kept) if rank == 0 else directory / names.name(step)
+            if rank == 0:
+                names.publish(directory, step, kept)
+                frozen.sweep(directory)
+            return directory / names.name(step)
     except BaseException as error:
         if rank == 0:
             shutil.rmtree(names.writing_path(directory, step), ignore_errors=True)
@@ -121,7 +118,52 @@ def _bytes(tensors: Any, group: dist.ProcessGroup | None) -> int:
     return sum(shares)
 
 
-def _check_written(writing: Path, step: int, group: dist.ProcessGroup | None) -> None:
+def _store_frozen(directory: Path, contents: dict[str, Any], step: int, group: dist.ProcessGroup | None) -> str:
+    """The reference to the part with these frozen parameters, which is written if there is none. Collective.
+
+    Empty where no rank has any.
+    """
+    anywhere = [False] * dist.get_world_size()
+    dist.all_gather_object(anywhere, bool(contents), group=group)
+    mine = frozen.held(contents)
+    reference = frozen.noted(directory, mine, group) if any(anywhere) else ""
+    if reference or not any(anywhere):
+        return reference
+    writing = directory / ".writing-frozen"
+    try:
+        with together("preparing the checkpoint", group):
+            if dist.get_rank() == 0:
+                writing.mkdir()
+        _write_contents(writing, contents, {}, group)
+        _check_written(writing, step, group)
+        with together("publishing the frozen weights", group):
+            published = [frozen.publish(directory, writing) if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(published, src=0, group=group)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(writing, ignore_errors=True)
+    frozen.note(mine, published[0])
+    return published[0]
+
+
+def _write_contents(
+    writing: Path, contents: dict[str, Any], documents: dict[str, str], group: dist.ProcessGroup | None
+) -> None:
+    """Write sharded `contents`, in Megatron's format, and text files into a directory. Collective over `group`."""
+    with sharded.plain_errors(f"writing checkpoint {writing}", "Is the disk full?", RuntimeError):
+        # Megatron's dist_checkpointing.save is these four parts, but leaves the other ranks waiting where rank 0
+        # cannot write the common one (which Megatron-core 0.19 reads under this name, and would write elsewhere).
+        tensors, common = save_preprocess(contents, validate_access_integrity=group is None)
+        with together("writing the checkpoint", group):
+            if dist.get_rank() == 0:
+                torch.save(common, writing / "common.pt")
+                save_config(CheckpointingConfig("torch_dist", 1), str(writing))
+                for name, text in documents.items():
+                    (writing / name).write_text(text, encoding="utf-8")
+        write_tensors(tensors, writing, group)
+
+
+def _check_written(writing: Path, step: int, group: dist.ProcessGroup | None, reference: str = "") -> None:
     """Read every file back, each rank its share, and write the manifest. Collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     with together("reading the checkpoint back", group):
@@ -136,4 +178,4 @@ def _check_written(writing: Path, step: int, group: dist.ProcessGroup | None) ->
             for index, place in metadata.storage_data.items():
                 if place.offset + place.length > every[place.relative_path]["bytes"]:
                     raise RuntimeError(f"{index.fqn} was not written in full to {writing / place.relative_path}.")
-            verify.write_manifest(writing, every, step)
+            verify.write_manifest(writing, every, step, reference)

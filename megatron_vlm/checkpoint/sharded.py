@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_vlm.checkpoint.record import OPTIMIZER as OPTIMIZER
 from megatron_vlm.parallel import groups
+
+#: By model (`model0`, ...) the entries by name; `optimizer`.
+State = dict[str, Any]
 
 
 @contextmanager
@@ -110,6 +113,18 @@ def tensors(state: Any) -> Iterator[ShardedTensor]:
             yield from tensors(value.build())
         elif isinstance(value, ShardedTensor):
             yield value
+
+
+def divide(contents: State, inside: Callable[[Any], bool]) -> tuple[State, State]:
+    """A sharded state as (entries of the models for which `inside` is true, all else, the optimizer included)."""
+    parts: tuple[State, State] = {}, {}
+    for name, value in contents.items():
+        if name == OPTIMIZER.rstrip("."):
+            parts[1][name] = value
+            continue
+        for key, entry in value.items():
+            parts[0 if inside(entry) else 1].setdefault(name, {})[key] = entry
+    return parts
 
 
 def fill_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:

@@ -81,7 +81,7 @@ class Snapshot:
         """The copy of a tensor; the tensor itself where it does not change."""
         copied = self._copies.get(_key(tensor))
         if copied is None:
-            return tensor.detach()
+            return tensor
         like = torch.empty(0, dtype=tensor.dtype)
         return like.set_(copied.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 

@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_vlm.checkpoint.verify import files, folders
+
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _METADATA = "torch.distributed.checkpoint.metadata"
 #: Everything that the metadata of a checkpoint is made of: data classes and enumerations without behaviour.
@@ -62,8 +64,8 @@ class _AllowList(pickle.Unpickler):
         raise ValueError(f"{self._path} refers to objects outside the file. Do not use this checkpoint.")
 
 
-def read_metadata(directory: Path, files: Collection[str]) -> Metadata:
-    """The metadata of a checkpoint, read by allow-list, its storage inside `files` (names in the directory).
+def read_metadata(directory: Path, inside: Collection[str]) -> Metadata:
+    """The metadata of a checkpoint, read by allow-list, its storage in the files `inside` (names in the directory).
 
     Raises ValueError for anything else.
     """
@@ -82,12 +84,25 @@ def read_metadata(directory: Path, files: Collection[str]) -> Metadata:
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not the metadata of a checkpoint.")
     for place in (metadata.storage_data or {}).values():
-        if place.relative_path not in files:
+        if place.relative_path not in inside:
             raise ValueError(
                 f"{path} points to {place.relative_path!r}, which is not a file of the checkpoint. Do not use this "
                 "checkpoint."
             )
     return metadata
+
+
+def read_folders(directory: Path) -> list[tuple[Path, Metadata]]:
+    """The folders with the tensors of a checkpoint (itself; the part with its frozen weights) and their metadata.
+
+    Raises ValueError as `read_metadata`, and where a folder is missing or a tensor stands in both.
+    """
+    found = [(path, read_metadata(path, files(path))) for path in folders(directory)]
+    for _, one in found[1:]:
+        for name in one.state_dict_metadata:
+            if name in found[0][1].state_dict_metadata:
+                raise ValueError(f"{directory} holds {name}, and so does its frozen part. Do not use this checkpoint.")
+    return found
 
 
 @contextmanager

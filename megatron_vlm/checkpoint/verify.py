@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+#: 2 = it refers to weights beside it, which programs that know only 1 would miss.
+FORMATS = (1, 2)
+#: Folder beside checkpoints with the weights that they share, each part under the first letters of its reference.
+FROZEN, _LETTERS = "frozen", 16
 #: Bytes hashed at once. In a thread beside Python code, each call waits for its turn to go on.
 CHUNK = 1 << 24
 
@@ -31,9 +35,10 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
 
 
-def write_manifest(directory: Path, digests: dict[str, dict[str, Any]], step: int) -> None:
-    """Write the manifest; `digests` by file name."""
-    text = json.dumps({"format": FORMAT, "step": step, "files": dict(sorted(digests.items()))}, indent=1)
+def write_manifest(directory: Path, digests: dict[str, dict[str, Any]], step: int, frozen: str = "") -> None:
+    """Write the manifest; `digests` by file name. frozen: reference to the part with its other weights."""
+    content = {"format": FORMATS[bool(frozen)], "step": step, "files": dict(sorted(digests.items()))}
+    text = json.dumps(content | ({"frozen": frozen} if frozen else {}), indent=1)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -46,6 +51,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         well_formed = isinstance(step, int) and all(
             isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in entries.values()
         )
+        well_formed &= "frozen" not in manifest or re.fullmatch("[0-9a-f]{64}", manifest["frozen"]) is not None
     except FileNotFoundError:
         raise ValueError(
             f"{directory} is not a checkpoint of this program: it has no {MANIFEST}. Weights in another format are "
@@ -55,9 +61,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error!r}. Use another checkpoint.") from None
     if not well_formed:
         raise ValueError(f"{path} is damaged: sizes, hashes or the step have wrong types. Use another checkpoint.")
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in FORMATS:
         raise ValueError(
-            f"{path} has format {manifest.get('format')!r}, this program reads {FORMAT}. Update the program."
+            f"{path} has format {manifest.get('format')!r}, this program reads {FORMATS}. Update the program."
         )
     for name in entries:
         if Path(name).name != name or name in ("", ".", ".."):
@@ -67,12 +73,57 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(directory: str | Path, *, part: int = 0, parts: int = 1) -> None:
-    """Compare a checkpoint with its manifest. Raises ValueError that names the first file at fault.
+def reference(directory: Path) -> str:
+    """What a checkpoint says to refer to a part with frozen weights: the SHA-256 of the part's manifest."""
+    return hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+
+
+def frozen_path(directory: Path, reference: str) -> Path:
+    """Where a part lies, in a directory of checkpoints."""
+    return directory / FROZEN / reference[:_LETTERS]
+
+
+def is_frozen(directory: Path, name: str) -> bool:
+    """Whether the part that `name` refers to is there."""
+    path = frozen_path(directory, name)
+    return bool(name) and (path / MANIFEST).is_file() and reference(path) == name
+
+
+def folders(directory: Path) -> list[Path]:
+    """Where the tensors of a checkpoint lie: itself, and the part with its frozen weights if it has one.
+
+    Raises ValueError where that is missing or another one.
+    """
+    name = read_manifest(directory).get("frozen", "")
+    if not name:
+        return [directory]
+    path = frozen_path(directory.parent, name)
+    if not (path / MANIFEST).is_file():
+        raise ValueError(
+            f"checkpoint {directory} is without its frozen weights, which lie beside it: {path} is missing. Copy "
+            f"{FROZEN}/{path.name} there from beside the original, or make the original whole before copying it: "
+            "python tools/ckpt.py whole CHECKPOINT --out DIR."
+        )
+    if reference(path) != name:
+        raise ValueError(f"{path} is damaged: its manifest is not the one that {directory} refers to. Use another "
+                         "checkpoint, or copy that folder again.")  # fmt: skip
+    return [directory, path]
+
+
+def verify(directory: str | Path, *, part: int = 0, parts: int = 1, known: set[Path] | None = None) -> None:
+    """Compare a checkpoint, its frozen weights included, with the manifests. ValueError names the first file at fault.
 
     With `parts` > 1, only every parts-th file, from `part`, is hashed; sizes and names are compared in full.
+    known: folders that are not read again; those that were found whole are added.
     """
-    directory = Path(directory)
+    known = set() if known is None else known
+    for folder in folders(Path(directory)):
+        if folder not in known:
+            _verify(folder, part, parts)
+            known.add(folder)
+
+
+def _verify(directory: Path, part: int, parts: int) -> None:
     entries = read_manifest(directory)["files"]
     found = set(files(directory))
     _none(directory, sorted(set(entries) - found), "is missing")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_vlm.checkpoint import record, unpickle, verify
@@ -33,19 +33,21 @@ class Checkpoint:
         self.path = self.record.path
         if verify_first:
             verify.verify(self.path)
-        metadata = unpickle.read_metadata(self.path, verify.files(self.path))
         self.arch = architecture(self.record.architecture)
         self.shapes: dict[str, Shape] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(record.OPTIMIZER):
-                self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
-        self._metadata = metadata
+        self._places: dict[str, tuple[Path, Metadata]] = {}
+        for path, metadata in unpickle.read_folders(self.path):
+            for key, entry in metadata.state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata) and not key.startswith(record.OPTIMIZER):
+                    self.shapes[key], self.dtypes[key] = tuple(entry.size), entry.properties.dtype
+                    self._places[key] = path, metadata
 
     def read(self, key: str) -> torch.Tensor:
         """One whole tensor, put together from the pieces that the ranks wrote."""
         whole: torch.Tensor | None = None
-        chunks = self._metadata.state_dict_metadata[key].chunks
+        _, metadata = self._places[key]
+        chunks = metadata.state_dict_metadata[key].chunks
         if sum(chunk.sizes.numel() for chunk in chunks) != torch.Size(self.shapes[key]).numel():
             raise ValueError(f"{self.path}: the pieces of {key} do not make up {list(self.shapes[key])}.")
         for chunk in chunks:
@@ -65,8 +67,9 @@ class Checkpoint:
         return whole
 
     def _piece(self, key: str, offset: torch.Size) -> torch.Tensor:
-        info = self._metadata.storage_data[MetadataIndex(key, offset)]
-        with (self.path / info.relative_path).open("rb") as stream:
+        path, metadata = self._places[key]
+        info = metadata.storage_data[MetadataIndex(key, offset)]
+        with (path / info.relative_path).open("rb") as stream:
             return torch.load(_create_file_view(stream, info.offset, info.length), "cpu", weights_only=True)
 
 

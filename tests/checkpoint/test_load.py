@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.checkpoint import verify
 from megatron_vlm.config.presets import TINY_LANGUAGE
 from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.parallel.layout import Layout
@@ -22,8 +23,11 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole. Collective."""
     from megatron.core import dist_checkpointing
 
-    plain = dist_checkpointing.load_plain_tensors(str(path))
-    return {name: value for name, value in plain.items() if isinstance(value, torch.Tensor)}
+    found: dict[str, torch.Tensor] = {}
+    for folder in verify.folders(path):
+        plain = dist_checkpointing.load_plain_tensors(str(folder))
+        found |= {name: value for name, value in plain.items() if isinstance(value, torch.Tensor)}
+    return found
 
 
 def differing(first: Path, second: Path) -> list[str]:
