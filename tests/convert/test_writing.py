@@ -22,7 +22,7 @@ def saved_again(source: Path, out: Path, preset: str) -> Path:
     from megatron_vlm.model.build import build
 
     with answers.alone():
-        config = Config(model=ModelConfig(preset=preset))
+        config = Config(model=ModelConfig(preset=preset, freeze=()))
         models = build(config, Layout(1))
         state = load.load(source, models=models, config=config)
         return save.save(out, models=models, optimizer=None, step=0, config=config, state=state)

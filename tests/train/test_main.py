@@ -84,7 +84,8 @@ def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeyp
     assert json.loads((run / "exit.json").read_text()) == {
         "outcome": "finished", "reason": "all steps done", "step": 6,
     }  # fmt: skip
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iter_0000004", "iter_0000006", "latest"]
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["frozen", "iter_0000004", "iter_0000006", "latest"]
     # A second start has nothing to do, and says so.
     assert command.main([str(recipe)]) == 0
     assert capsys.readouterr().out.startswith(f"Resuming {run} from step 6")
