@@ -109,7 +109,7 @@ ANY = st.one_of(st.binary(max_size=200).map(lambda b: b.decode("utf-8", "replace
                 st.lists(PIECES, max_size=20).map("".join))  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(said=ANY)
 def test_any_bytes_give_a_verdict(said):
     for name, (question, *_) in CASES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_two_processes_answer_a_share_each_and_come_to_the_same_report(folder, t
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_nothing_that_was_finished(folder, tmp_path):
+def test_a_killed_process_loses_nothing_that_was_finished(folder, tmp_path, capsys):
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     code = "import sys; from megatron_vlm.evaluate import asking; asking.AT_ONCE = 1; from tools import evaluate; "
     start = [sys.executable, "-c", code + "sys.exit(evaluate.main(sys.argv[1:]))", *command(folder, tmp_path)]
@@ -139,19 +140,32 @@ def test_a_killed_process_loses_nothing_that_was_finished(folder, tmp_path):
     process.communicate()
     kept = [line for path in tmp_path.glob("evaluation/vqa.scored.*") for line in path.read_text().splitlines(True)]
     kept = [line for line in kept if line.endswith("\n")]
-    done = subprocess.run(start, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert evaluate.main(command(folder, tmp_path)) == 0
+    capsys.readouterr()
     after = [line for path in tmp_path.glob("evaluation/vqa.scored.*") for line in path.read_text().splitlines(True)]
     assert after[: len(kept)] == kept
     assert len({json.loads(line)["key"] for line in after}) == 12
 
 
-def test_errors_name_the_thing_and_the_next_move(folder, tmp_path, capsys):
-    def fails(*words: str) -> str:
-        assert evaluate.main([*words, "--device", "cpu"]) == 1
-        return capsys.readouterr().err
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert evaluate.main([*words, "--device", "cpu"]) == 1
+    return capsys.readouterr().err
 
-    assert "there is no task 'vqq'; did you mean vqa" in fails(str(folder / "run"), "--tasks", "vqq")
-    assert "has no data set 'counting'" in fails(str(folder / "run"), "--tasks", "counting")
-    assert "no checkpoint" in fails(str(tmp_path))
-    assert "holds no manifest.json" in fails(str(folder / "run"), "--tasks", "vqa", "--manifest", str(tmp_path))
+
+def test_a_task_that_there_is_not_is_named_before_anything_is_loaded(tmp_path, capsys):
+    assert "there is no task 'vqq'; did you mean vqa" in fails(capsys, str(tmp_path), "--tasks", "vqq")
+    assert "no checkpoint" in fails(capsys, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_errors_name_the_thing_and_the_next_move(folder, tmp_path, capsys):
+    run = str(folder / "run")
+    assert "has no data set 'counting'" in fails(capsys, run, "--tasks", "counting")
+    assert "holds no manifest.json" in fails(capsys, run, "--tasks", "vqa", "--manifest", str(tmp_path))
+    # A checkpoint whose settings describe another model than its tensors are.
+    other = tmp_path / "other"
+    shutil.copytree(folder / "run" / "checkpoints" / "iter_0000001", other)
+    settings = json.loads((other / "config.json").read_text())
+    settings["model"]["connector"] = "mlp"
+    (other / "config.json").write_text(json.dumps(settings))
+    assert "holds another model" in fails(capsys, str(other), "--tasks", "vqa")
