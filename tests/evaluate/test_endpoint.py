@@ -143,7 +143,7 @@ def test_a_judge_that_is_down_is_not_asked_for_ever():
 def test_a_refusal_ends_the_evaluation_without_the_key(server):
     server.answers[PATH] = lambda handler, _: send(handler, 401, b"bad key")
     with pytest.raises(ValueError, match=r"refuses \(status 401\): 'bad key'. Check --judge") as error:
-        judge(server).stated(["a"], "b")
+        kinds.verdict(kinds.KINDS["caption"], kinds.Question("", TRUTH, judge=judge(server)), "A cup.")
     assert "secret" not in str(error.value) and len(server.requests) == 1
     with pytest.raises(ValueError, match="is no http"):
         Endpoint("ftp://host", "m")

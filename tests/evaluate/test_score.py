@@ -44,11 +44,11 @@ def test_answers_that_are_all_alike_are_not_certain():
 def test_bootstrap_covers_about_95_percent_and_knows_that_answers_about_an_image_go_together():
     rng = np.random.default_rng(1)
     covered = widths = 0
-    for trial in range(60):
+    for trial in range(25):
         chances = rng.choice([0.2, 0.9], 80)  # easy and hard images, five questions each: 0.55 on average
         hits = rng.binomial(5, chances)
         low, high = bootstrap(np.stack([hits, np.full(80, 5)], axis=1).astype(float), seed=trial)
         covered += low <= 0.55 <= high
         widths += high - low
     alone = Share(220, 400).interval
-    assert 51 <= covered <= 60 and widths / 60 > 1.5 * (alone[1] - alone[0])
+    assert 21 <= covered <= 25 and widths / 25 > 1.5 * (alone[1] - alone[0])
