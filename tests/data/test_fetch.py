@@ -15,7 +15,7 @@ from megatron_vlm.data.fetch import Fetcher, Later, Limits, Refused, _check_publ
 from tests.data.server import Server, send
 
 CONTENT = bytes(range(256)) * 1000
-LIMITS = Limits(allow_private=True, attempts=3, backoff_s=0.01, stall_s=0.4, max_s=5.0, max_bytes=300_000)
+LIMITS = Limits(allow_private=True, attempts=3, backoff_s=0.01, stall_s=0.8, max_s=5.0, max_bytes=300_000)
 
 
 @pytest.fixture

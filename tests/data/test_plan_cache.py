@@ -57,6 +57,7 @@ def together(
         steps = list(zip(*[list(pool.map(next, streams)) for _ in range(STEPS)], strict=True))
     for loader in loaders:
         loader.close()
+        loader._cache._pool.shutdown()  # a window that is being planned is written yet
     return steps, sorted(number for loader in loaders for number in loader._cache.planned)
 
 
