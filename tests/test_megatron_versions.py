@@ -34,6 +34,7 @@ def version() -> str:
     return megatron.core.__version__
 
 
+@pytest.mark.slow
 def test_every_process_has_it(pool):
     """In the subprocess, the newest; else, the pinned one."""
     pinned = re.search(r"^megatron-core==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)

@@ -22,6 +22,8 @@ from tests.model import test_attention
 from tests.model.test_flash import TEXT
 from tests.model.test_mask import from_rule, row_of
 
+#: The CPU only where tests/tools/test_gpu_check.py tries the comparison itself.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REPORT = os.environ.get("VLM_GPU_REPORT", "")
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -55,7 +57,7 @@ def dense(query, key, value, rows, first, last):
 
 def compare(name, out, expected, inputs, references, dtype):
     """Differences of output and gradients into the report; all within the tolerance."""
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).cuda()
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     found = (out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype)))
     wanted = (expected, *torch.autograd.grad(expected, references, upstream))
     worst = {
@@ -70,7 +72,7 @@ def compare(name, out, expected, inputs, references, dtype):
 def tensors(shapes, dtype):
     """The same numbers for the kernel, and in float32 for the reference."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=generator).cuda().to(dtype).requires_grad_() for shape in shapes]
+    made = [torch.randn(shape, generator=generator).to(DEVICE).to(dtype).requires_grad_() for shape in shapes]
     return made, [x.detach().float().requires_grad_() for x in made]
 
 
@@ -95,7 +97,7 @@ CASES = [
 def test_decoder(kernel, rows, dtype, size):
     """Grouped queries; the whole row, then the queries of three ranks."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    marks = torch.stack({"mixed": MIXED, "plain": PLAIN, "long": [LONG]}[rows], 1).cuda()
+    marks = torch.stack({"mixed": MIXED, "plain": PLAIN, "long": [LONG]}[rows], 1).to(DEVICE)
     s, b = marks.shape[2], marks.shape[1]
     inputs, references = tensors([(s, b, heads, size) for heads in (8, 2, 2)], dtype)
     for cuts in ((0, s), (0, s // 3, s // 2, s)):

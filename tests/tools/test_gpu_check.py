@@ -18,6 +18,7 @@ from tests.test_imports import ROOT
 SEEN = check.count_gpus()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(SEEN > 0, reason="there is a GPU here")
 def test_without_a_gpu_nothing_is_run_and_the_exit_code_says_so(tmp_path):
     done = subprocess.run(
@@ -114,6 +115,31 @@ def test_a_kernel_part_that_compared_nothing_has_not_passed(tmp_path):
 
 def test_curves_of_different_length_do_not_pass():
     assert math.isnan(check.mean_difference([1.0], [1.0, 2.0])) and math.isnan(check.mean_difference([], []))
+
+
+@pytest.mark.slow
+def test_the_comparison_of_kernels_works_and_notices_a_wrong_one(tmp_path, monkeypatch):
+    """On the CPU: torch's attention, flex by plain operators, a plain function in the place of flash-attn's."""
+    import torch
+    from torch.nn.attention import flex_attention
+
+    from megatron_vlm.model import attention_kernels, flex
+    from tests.gpu import test_kernels
+    from tests.model import flash_attn
+
+    monkeypatch.setattr(test_kernels, "REPORT", str(tmp_path))
+    monkeypatch.setattr(test_kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(attention_kernels, "flash_function", lambda: flash_attn.flash_attn_varlen_func)
+    for kernel, rows, dtype in (("blocks", "mixed", torch.float32), ("flex", "mixed", torch.float32),
+                                ("flash", "plain", torch.bfloat16)):  # fmt: skip
+        test_kernels.test_decoder(kernel, rows, dtype, 16)
+    for kernel in ("torch", "flash"):
+        test_kernels.test_tower(kernel)
+    assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) == 8
+    monkeypatch.setattr(flex, "visible", lambda query, key: query.example == key.example)
+    with pytest.raises(AssertionError):
+        test_kernels.test_decoder("flex", "mixed", torch.float32, 16)
 
 
 @pytest.mark.slow
