@@ -34,9 +34,9 @@ class Counts:
     validation_scenes: int = 200
     test_scenes: int = 400
     new_kind_scenes: int = 200
-    train_films: int = 400
+    train_films: int = 2000
     validation_films: int = 40
-    test_films: int = 100
+    test_films: int = 200
     train_dialogues: int = 2000
     held_out_dialogues: int = 100
 
