@@ -323,13 +323,17 @@ def _tasks(config: Config, arch: Architecture, world: int) -> Iterator[str]:
     names, p = ", ".join(config.eval.tasks), config.parallel
     if names and not config.eval.every:
         yield f"eval.tasks names {names}, but eval.every=0 evaluates never; set eval.every, or name no tasks."
-    spread = [f"parallel.{name}={degree}" for name in ("tensor", "pipeline", "context")
-              if (degree := getattr(p, name)) > 1]  # fmt: skip
+    unable = (
+        (p.context > 1, f"parallel.context={p.context}"),
+        (p.sequence, "parallel.sequence=true"),
+        (p.virtual_pipeline > 1, f"parallel.virtual_pipeline={p.virtual_pipeline}"),
+        (p.vision == "tensor" and p.tensor > 1, "parallel.vision=tensor"),
+    )
+    spread = [words for broken, words in unable if broken]
     if names and spread:
         yield (
-            f"eval.tasks names {names}, but answers are decoded where one process holds a whole model, and "
-            f"{' and '.join(spread)} spreads it. Leave eval.tasks empty and score checkpoints with tools/evaluate.py, "
-            "which loads those of any layout."
+            f"eval.tasks names {names}, but answers are not decoded with {' and '.join(spread)}. Leave eval.tasks "
+            "empty and score checkpoints with tools/evaluate.py, which loads those of any layout."
         )
 
 

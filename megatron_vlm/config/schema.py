@@ -337,7 +337,7 @@ class EvalConfig:
     """Split of the manifest they come from."""
     tasks: tuple[str, ...] = ()
     """Tasks whose questions are answered and scored with each evaluation, by the names of tools/evaluate.py: pointing,
-    easy_vqa, ... Their samples come from eval.split. Each process must hold a whole model."""
+    easy_vqa, ... Their samples come from eval.split. Not with context or sequence parallelism."""
     task_samples: int = 64
     """Most samples of each task. 0 = all."""
 

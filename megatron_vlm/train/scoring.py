@@ -1,4 +1,6 @@
-"""Scores of tasks on held-out samples, always the same ones: every data rank answers its share, greedily. Collective.
+"""Scores of tasks on held-out samples, always the same ones. Collective.
+
+Every data rank answers its share, greedily, its tensor and pipeline ranks together.
 
 Nothing is drawn and nothing that trains is touched: a run with tasks has the weights of the run without.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.schema import CheckpointConfig, Config, EvalConfig, RunConfig
+from megatron_vlm.config.schema import CheckpointConfig, Config, EvalConfig, ParallelConfig, RunConfig
 from megatron_vlm.train import scoring
 from tests.evaluate import world
 from tests.train.kills import CLOCKS
@@ -68,14 +68,22 @@ def test_training_does_not_notice_and_a_resumed_run_has_the_same_scores(tmp_path
 
 
 @pytest.mark.slow
-def test_two_data_ranks_have_the_scores_of_one(tmp_path, pool, capfd):
+def test_data_tensor_and_pipeline_ranks_have_the_scores_of_one(tmp_path, pool, capfd):
     world.shards(tmp_path)
-    found = []
-    for ranks in (1, 2):
-        config = settings(tmp_path, f"dp{ranks}", "vqa", "pointing", steps=2)
-        pool(ranks).run(train, config)
-        found.append({name: value for name, value in metrics(config)[-1].items() if name.startswith("task/")})
-    assert found[0] == pytest.approx(found[1], nan_ok=True) and len(found[0]) > 4
+    found = {}
+    for name, ranks, parallel in (
+        ("one", 1, {}),
+        ("dp2", 2, {}),
+        ("tp2", 2, {"tensor": 2}),
+        ("pp2", 2, {"pipeline": 2}),
+    ):
+        config = settings(tmp_path, name, "vqa", "pointing", steps=2)
+        pool(ranks).run(train, dataclasses.replace(config, parallel=ParallelConfig(**parallel)))
+        line = metrics(config)[-1]
+        found[name] = {key: value for key, value in line.items() if key.startswith("task") and value is not None}
+    assert len(found["one"]) > 4
+    for name, scores in found.items():
+        assert scores == pytest.approx(found["one"]), name
     capfd.readouterr()
 
 
