@@ -26,9 +26,11 @@ def in_bf16(config: Config, layer: int, layers: int) -> bool:
 
 def problems(config: Config, arch: Architecture, world: int) -> Iterator[str]:
     """What keeps this model from training in FP8 on this layout; nothing where train.precision is another."""
+    fp8 = config.fp8
+    if fp8.shadow_every and (config.train.precision != "fp8" or "language" not in fp8.components):
+        yield f"fp8.shadow_every={fp8.shadow_every} compares decoder layers in FP8 with bf16, but none is in FP8."
     if config.train.precision != "fp8":
         return
-    fp8 = config.fp8
     unknown = [name for name in fp8.components if name not in COMPONENTS]
     if unknown or not fp8.components:
         yield (

@@ -205,6 +205,9 @@ class Fp8Config:
     """Decoder layers at the start that stay in bf16."""
     last_layers_bf16: int = 1
     """Decoder layers at the end that stay in bf16."""
+    shadow_every: int = 0
+    """Steps between lines of fp8.jsonl: how far what each decoder layer gives is from what bf16 gives, on the step's
+    first rows. 0 = never."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A run directory: what lies where, who may write it, and how it is brought back to a checkpoint's step.
 
-config.yaml, environment.json, metrics.jsonl, ledger.jsonl, stragglers.jsonl, norms.jsonl, tensorboard/,
+config.yaml, environment.json, metrics.jsonl, ledger.jsonl, stragglers.jsonl, norms.jsonl, fp8.jsonl, tensorboard/,
 checkpoints/. Only rank 0 writes; but heartbeats/ (see watchdog.py) holds files of every rank.
 """
 
@@ -20,11 +20,12 @@ from megatron_vlm.config import load
 from megatron_vlm.config.schema import Config
 
 #: Logs with one JSON object per line, each with its step.
-LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl", "norms.jsonl")
+LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl", "norms.jsonl", "fp8.jsonl")
 #: Settings that may change between a checkpoint and the run that goes on from it: they do not touch what is learnt.
 MAY_CHANGE = (
     "run", "init", "parallel", "checkpoint", "guard", "eval", "log", "kernels",
     "data.workers", "data.bad_samples", "data.bad_ceiling", "train.micro_batch", "train.recompute", "train.logit_chunk",
+    "fp8.shadow_every",
 )  # fmt: skip
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "webdataset", "pyarrow", "pillow", "transformer-engine")
 

@@ -33,6 +33,7 @@ from megatron_vlm.train import (
     reporter,
     resume,
     scoring,
+    shadow,
     stragglers,
 )
 from megatron_vlm.train import state as states
@@ -101,6 +102,8 @@ def _loop(run: Run) -> str:
         run.log(turn, outcome, scores, unread)
         if _due(step, config.log.norms_every) and outcome.norms:
             run.log_norms(outcome)
+        if _due(step, config.fp8.shadow_every):
+            run.log_shadow(turn)
         if _due(step, config.log.every):
             run.log_stragglers()
         if _due(step, config.checkpoint.every) or step == last:
@@ -218,6 +221,12 @@ class Run:
         norms = self._stepper.module_norms(outcome)
         if self._reporter:
             self._reporter.norms(self.state.progress.step, norms)
+
+    def log_shadow(self, turn: Turn) -> None:
+        """Of each decoder layer."""
+        errors = shadow.errors(self._stepper, turn.fetched.micro_batches)
+        if self._reporter:
+            self._reporter.shadow(self.state.progress.step, errors)
 
     def log_stragglers(self) -> None:
         """Where the time went on each rank since the last call."""

@@ -94,6 +94,11 @@ class Reporter:
         with open(self._folder / "norms.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | {kind: _finite(values) for kind, values in norms.items()}) + "\n")
 
+    def shadow(self, step: int, errors: dict[str, float]) -> None:
+        """How far FP8 is from bf16 in each layer: a line of fp8.jsonl."""
+        with open(self._folder / "fp8.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "relative_error": _finite(errors)}) + "\n")
+
     def say(self, text: str) -> None:
         """A line for the reader."""
         print(text, file=self.out, flush=True)

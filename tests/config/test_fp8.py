@@ -86,6 +86,13 @@ REFUSED = [
     ),
     ("molmo2_4b", 16_384, {}, {"recipe": "delayed", "components": ("vision",)}, "one without images has none"),
     ("molmo2_4b", 16_384, {}, {"format": "e4m3"}, "gradients need the range of e5m2; set fp8.format=hybrid"),
+    (
+        "tiny",
+        512,
+        {},
+        {"components": ("vision",), "shadow_every": 5},
+        "fp8.shadow_every=5 compares decoder layers",
+    ),
     ("molmo2_4b", 16_384, {"pipeline": 12}, {"last_layers_bf16": 4}, "is more than the 3 layers of a pipeline chunk"),
 ]
 

@@ -139,10 +139,10 @@ def centre_norms(module: Any) -> None:
 
 
 def trained(
-    precision: str, sections: dict[str, Any], steps: int = 8, recompute: str = "none"
+    precision: str, sections: dict[str, Any], steps: int = 8, recompute: str = "none", shadowed: dict | None = None
 ) -> tuple[list[float], list[str]]:
-    """Losses of steps on one batch, and the linear layers that computed in FP8."""
-    from megatron_vlm.train import optim
+    """Losses of steps on one batch, and the linear layers that computed in FP8. shadowed: filled after two steps."""
+    from megatron_vlm.train import optim, shadow
     from megatron_vlm.train.step import Stepper
 
     layout = Layout(world, tensor=world)
@@ -159,7 +159,11 @@ def trained(
         models = optim.wrap(build.build(config, layout), config)
         stepper = Stepper(models, optim.build(models, config), config, ("test",))
         batch = tiny.batch(ARCH, [0], layout.crop_rank(rank), layout.crop_ranks)
-        losses = [stepper.train([batch], step).loss for step in range(1, steps + 1)]
+        losses = []
+        for step in range(1, steps + 1):
+            losses.append(stepper.train([batch], step).loss)
+            if shadowed is not None and step == 2:
+                shadowed |= shadow.errors(stepper, [batch])
         used = [
             name.removeprefix("module.")
             for name, module in models[0].named_modules()
@@ -265,6 +269,8 @@ def main() -> dict[str, Any]:
     found["bf16"], _ = trained("bf16", {})
     with reference_recipe():
         found["fp8"], found["fp8 layers"] = trained("fp8", {"fp8": Fp8Config()})
+        found["shadow"] = {}
+        found["fp8 shadowed"], _ = trained("fp8", {"fp8": Fp8Config()}, 4, shadowed=found["shadow"])
         if world == 1:
             found["fp8 recomputed"], _ = trained("fp8", {"fp8": Fp8Config()}, 3, "full")
             found["encoder"] = encoder()

@@ -118,3 +118,11 @@ def test_a_tower_in_fp8_follows_its_weights(one):
     assert set(found["layers"]) == {f"vision.blocks.{block}.{name}" for block in blocks for name in linears}
     assert len(set(found["losses"])) == 3
     assert found["evaluated"][0] == found["evaluated"][1] != found["losses"][-1]
+
+
+def test_the_shadow_in_bf16_says_how_far_each_layer_is_and_changes_nothing(one, two):
+    """The first layer is in bf16 itself. 8 bits have a step of 1/16: some per cent of a layer's own output."""
+    for found in (one, two):
+        error = [found["shadow"][f"language.decoder.layers.{layer}"] for layer in range(4)]
+        assert error[0] == 0 and all(1e-4 < each < 0.1 for each in error[1:]), error
+        assert found["fp8 shadowed"] == found["fp8"][:4]

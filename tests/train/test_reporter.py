@@ -78,3 +78,15 @@ def test_weights_and_biases_gets_every_step_and_the_same_run_again(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, errors=errors))
     with pytest.raises(ValueError, match="does not start: No API key configured. Log in; or set WANDB_MODE=offline"):
         reporters.Reporter(tmp_path, config, 0)
+
+
+def test_the_shadow_of_fp8_is_a_line_that_a_resume_cuts(tmp_path):
+    from megatron_vlm.train.reporter import Reporter
+
+    reporter = Reporter(tmp_path, Config(), 0)
+    for step in (5, 10):
+        reporter.shadow(step, {"language.decoder.layers.1": 0.03})
+    reporter.back_to(5)
+    reporter.close()
+    (line,) = (tmp_path / "fp8.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 5, "relative_error": {"language.decoder.layers.1": 0.03}}
