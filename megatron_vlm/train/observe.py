@@ -56,7 +56,8 @@ def run(config: Config, plan: Plan) -> dict[str, Any] | None:
                 fetched = faults.settle(next(batches), config.data.bad_samples)
                 trainer.watches = plan.compares or plan.writes
                 outcome = trainer.train(fetched.micro_batches, step)
-                told = {"step": step, "loss": outcome.loss, "grad_norm": outcome.grad_norm, "norms": outcome.norms}
+                told = {name: getattr(outcome, name) for name in ("loss", "losses", "grad_norm", "norms")}
+                told["step"] = step
                 # A global batch without loss weights has no gradients, on no layout.
                 gradients = (
                     _norms(trainer.found, plan, f"gradients_{step}") if trainer.watches and outcome.norms else {}

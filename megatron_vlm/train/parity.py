@@ -97,6 +97,10 @@ def compare(name: str, world: int, told: Told, reference: Told, tolerance: float
             )
         if not norms[-1] <= tolerance:
             faults.append(f"{at}: the gradient norm is {each['grad_norm']:.9g}, not {expected['grad_norm']:.9g}")
+        for kind, what in (("losses", "loss of data set"), ("norms", "gradient norm of")):
+            for part, value in expected[kind].items():
+                if not _relative(each[kind].get(part, math.nan), value) <= tolerance:
+                    faults.append(f"{at}: the {what} {part} is {each[kind].get(part)}, not {value:.9g}")
         for module, error in errors.items():
             modules[module] = _larger(modules.get(module, 0.0), error)
         steps.append(

@@ -33,7 +33,8 @@ def _pieces(models: Iterable[Any], value: Callable[[torch.nn.Parameter], torch.T
     for parameter in (p for model in bare for p in model.parameters()):
         shown = value(parameter)
         kept[parameter] = parameter.data
-        parameter.data = torch.zeros_like(parameter.data) if shown is None else shown.clone()
+        # In the parameter's dtype: data of another one would part it from the hooks that add up its gradient.
+        parameter.data = torch.zeros_like(kept[parameter]) if shown is None else shown.to(kept[parameter], copy=True)
     pieces: Pieces = {}
     try:
         for shard in state.shards(bare):

@@ -37,8 +37,9 @@ class Plan:
 def run(config: Config, plan: Plan) -> dict[str, Any] | None:
     """Run `plan`; every rank of a pool calls it. On rank 0:
 
-    steps: of each {step, loss, grad_norm, norms (by component), keys_hash, gradients}; weights: by step. Gradients and
-    weights: (norm of the difference to the reference, norm of the reference) by checkpoint name.
+    steps: of each {step, loss, losses (by data set), grad_norm, norms (by component), keys_hash, gradients};
+    weights: by step. Gradients and weights by checkpoint name: norm of the difference to the reference, and of the
+    reference.
     """
     from megatron_vlm.train import observe  # Megatron: only on the ranks
 

@@ -12,7 +12,6 @@ from tests.model import layouts, tiny
 FROZEN_VISION = {"freeze": ("vision", "base_embeddings")}
 DROPOUT = {"residual_dropout": 0.2, "response_dropout": 0.5}
 CASES = {
-    "tp2": (tiny.ARCH, {"tensor": 2}, {}, 2),
     "tp2_sp": (tiny.ARCH, {"tensor": 2, "sequence": True}, {}, 2),
     "tp2_sp_tied": (tiny.TIED, {"tensor": 2, "sequence": True}, {}, 2),
     "tp2_sp_qwen2_5": (tiny.QWEN2_5, {"tensor": 2, "sequence": True}, {}, 2),
@@ -87,7 +86,7 @@ CASES |= ENCODER_CASES
 #: What the others cover between them.
 SLOW = (
     *ENCODER_CASES,
-    *("tp2", "tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_cp2_sp_quiet", "tp4_sp"),
+    *("tp2_sp_tied", "tp2_sp_qwen2_5", "tp2_cp2_sp_quiet", "tp4_sp"),
     *("dp2_frozen_vision_dropout", "cp2", "pp2_tied_frozen", "cp4_gather", "cp8", "tp2_cp4_sp", "tp4_cp2"),
     *("cp3_ring_dropout", "tp2_cp2_sp_ring", "tp2_cp2_sp_vision"),
 )

@@ -15,12 +15,14 @@ from megatron_vlm.train import trial
 from tests.data import world
 from tools import parity
 
+#: All in float32, ten steps, tower and connector trained. cp3: heads do not go round, keys are gathered.
 EVERY = (
-    "tp2 tp2_sp pp2 pp2_vpp2 pp4 cp2 cp4 dp2 tp2_cp2 tp2_sp_pp2 pp2_cp2 tp2_sp_pp2_cp2 dp2_tp2 "
-    "recompute_full recompute_selective pp2_recompute_full unpacked dp2_unpacked packed"
+    "tp2 tp2_sp pp2 pp2_vpp2 pp4 cp2 cp4 cp4_ring cp3 dp2 tp2_cp2 tp2_sp_pp2 pp2_cp2_gather tp2_sp_pp2_cp2"
 ).split()
-#: Degrees beyond the heads, and keys gathered: in float32 like all others.
-GATHERED = ("cp4_gather", "cp3", "tp2_sp_cp4", "pp2_cp2_gather")
+#: Ten steps as well. Measured: 9.4e-6 of the tower's gradients, rounding that grows with the steps.
+SHARDED = "tp2_vision_tensor tp2_sp_cp2_vision_tensor".split()
+#: Two steps: what the others do already, beside something else.
+ALSO = "recompute_full recompute_selective dp2_tp2 pp2_recompute_full dp2_unpacked packed".split()
 MIXTURE = """
 groups:
   captions: {rate: 0.4, members: [captions]}
@@ -28,7 +30,7 @@ groups:
   text: {rate: 0.2, members: [text]}
   videos: {rate: 0.2, members: [videos]}
 """
-RESUMED = ("one", "tp2_sp", "dp2", "pp2", "pp2_vpp2", "cp2")
+RESUMED = ("one", "tp2_vision_tensor", "dp2", "pp2", "pp2_vpp2", "cp2")
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +55,14 @@ optim: {{vision: {{lr: 1.0e-3}}, connector: {{lr: 1.0e-3}}, language: {{lr: 1.0e
 @pytest.mark.slow
 def test_layouts_and_a_resumed_run_agree_with_one_process(recipe, tmp_path, capsys):
     found = tmp_path / "found.json"
-    asked = ["--layouts", "tp2_sp", "unpacked", "--resume", "tp2_sp:1:one", "--steps", "2", "--json", str(found)]
+    layouts = ["tp2_sp", "unpacked", *ALSO]
+    asked = ["--layouts", *layouts, "--resume", "tp2_sp:1:one", "--steps", "2", "--json", str(found)]
     assert parity.main([recipe, *asked]) == 0
     said = capsys.readouterr().out
-    assert "one: loss " in said and "All 3 agree within 1e-05" in said
-    assert [line.split()[0] for line in said.splitlines() if line.endswith("ok")] == asked[1:3] + ["tp2_sp:1:one"]
+    assert "one: loss " in said and f"All {len(layouts) + 1} agree within 1e-05" in said
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("ok")] == [*layouts, "tp2_sp:1:one"]
     written = json.loads(found.read_text())
-    tp, unpacked, resumed = written["layouts"]
+    tp, unpacked, *_, resumed = written["layouts"]
     # The comparison saw something: another order of additions gives other last digits, also in the same number of rows.
     assert 0 < tp["components"]["vision"] < 1e-5 and 0 < unpacked["components"]["language"] < 1e-5
     assert len(tp["modules"]) > 40 and {name.split(".")[0] for name in tp["modules"]} == {
@@ -130,18 +133,32 @@ def test_settings_may_stand_anywhere():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_layout_agrees_with_one_process_unpacked(recipe):
-    assert parity.main([recipe, "--layouts", *EVERY, "--steps", "4", "--reference", "unpacked"]) == 0
+@pytest.mark.parametrize(("layouts", "against"), [(EVERY, "unpacked"), (SHARDED, "one")])
+def test_every_layout_agrees_with_one_process(recipe, layouts, against):
+    assert parity.main([recipe, "--layouts", *layouts, "--steps", "10", "--reference", against]) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_gathered_keys_agree_with_one_process(recipe):
-    assert parity.main([recipe, "--layouts", *GATHERED, "--steps", "3"]) == 0
+def test_a_connector_alone_trains_with_recompute_on_two_stages_and_goes_on(recipe):
+    """Full recompute drops the gradients of layers whose input wants none."""
+    stages = "pp2_recompute_full"
+    asked = ["--layouts", stages, "--resume", f"{stages}:2:{stages}", f"{stages}:2:tp2_sp", "--steps", "3"]
+    assert parity.main([recipe, "model.freeze=[vision,language,base_embeddings]", *asked]) == 0
+
+
+@pytest.mark.slow
+def test_bf16_has_its_own_tolerance(recipe, tmp_path):
+    """Measured: 0.074 of a component's gradients. A gradient summed twice is wrong by 1, averaged over two by 0.5."""
+    found = tmp_path / "found.json"
+    layouts = ["tp2_sp", "pp2", "cp2", "tp2_cp2_vision_tensor"]
+    asked = ["--layouts", *layouts, "--steps", "3", "--json", str(found), "--tolerance", "0.2"]
+    assert parity.main([recipe, "train.precision=bf16", *asked, "--weight-tolerance", "0.1"]) == 0
+    written = json.loads(found.read_text())
+    assert all(step["grad_norm"] > 1 for step in written["reference"]["steps"])
 
 
 def test_the_rows_that_are_compared_hold_every_kind_of_sample(recipe):
-    """In the four steps of the test above: packed rows, several images, trees, video, text alone."""
+    """In the first four steps of the test above: packed rows, several images, trees, video, text alone."""
     config = load.load(recipe)
     loader = Loader(config, presets.architecture(config.model), Share(crops=False))
     try:

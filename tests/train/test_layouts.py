@@ -1,4 +1,7 @@
-"""The first promise: layouts do not change the result. Ten real steps each, against one process."""
+"""The first promise, in the fast run: ten real steps on two data-parallel ranks, against one process.
+
+tests/tools/test_parity.py has all other layouts.
+"""
 
 import dataclasses
 
@@ -10,16 +13,6 @@ from tests.data import world as data
 from tests.train import world
 
 STEPS = (1, 5, 10)
-LAYOUTS = {
-    "tp2": (2, {"tensor": 2}),
-    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
-    "dp2": (2, {}),
-    "pp2": (2, {"pipeline": 2}),
-    "pp2_vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
-    "cp2": (2, {"context": 2}),
-}
-FAST = (("dp2", "trainable_vision"),)
-FROZEN = {"frozen_vision": ("vision", "base_embeddings"), "trainable_vision": ("base_embeddings",)}
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +24,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(folder, pool):
-    """Of one process, by what is frozen."""
-    return {
-        name: pool(1).run(world.steps, world.config(folder, freeze=freeze), STEPS, timeout_s=120)
-        for name, freeze in FROZEN.items()
-    }
+    """Of one process."""
+    return pool(1).run(world.steps, world.config(folder), STEPS, timeout_s=120)
 
 
 def _close(found, wanted):
@@ -48,20 +38,9 @@ def _close(found, wanted):
     }
 
 
-CASES = [
-    # The fast run has the layouts of one model replica in their hardest form.
-    pytest.param(layout, frozen, marks=[] if (layout, frozen) in FAST else [pytest.mark.slow], id=f"{layout}-{frozen}")
-    for layout in LAYOUTS
-    for frozen in FROZEN
-]
-
-
-@pytest.mark.parametrize(("layout", "frozen"), CASES)
-def test_losses_and_gradients_equal_those_of_one_process(layout, frozen, folder, reference, pool):
-    world_size, parallel = LAYOUTS[layout]
-    settings = world.config(folder, freeze=FROZEN[frozen], **parallel)
-    ranks = pool(world_size).run(world.steps, settings, STEPS, timeout_s=120)
-    wanted = reference[frozen][0]
+def test_losses_and_gradients_equal_those_of_one_process(folder, reference, pool):
+    ranks = pool(2).run(world.steps, world.config(folder), STEPS, timeout_s=120)
+    (wanted,) = reference
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"], wanted["losses"], rtol=1e-5)
         for found, expected in zip(rank["by_source"], wanted["by_source"], strict=True):
@@ -80,4 +59,4 @@ def test_micro_batches_do_not_change_the_result(folder, reference, pool):
     settings = world.config(folder)
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batch=4))
     (found,) = pool(1).run(world.steps, settings, timeout_s=120)
-    np.testing.assert_allclose(found["losses"], reference["trainable_vision"][0]["losses"], rtol=1e-5)
+    np.testing.assert_allclose(found["losses"], reference[0]["losses"], rtol=1e-5)

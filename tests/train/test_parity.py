@@ -19,7 +19,8 @@ TENSORS = {
 
 def told(steps=2):
     gradients = {name: (0.0, size) for name, size in TENSORS.items()}
-    each = {"loss": 2.0, "grad_norm": 4.0, "norms": {"vision": 1.0}, "keys_hash": "a" * 64, "gradients": gradients}
+    each = {"loss": 2.0, "losses": {"a": 1.0, "b": 3.0}, "grad_norm": 4.0, "norms": {"vision": 1.0},
+            "keys_hash": "a" * 64, "gradients": gradients}  # fmt: skip
     return {
         "steps": [{"step": step, **copy.deepcopy(each)} for step in range(1, steps + 1)],
         "weights": {0: dict(gradients), steps: dict(gradients)},
@@ -85,6 +86,17 @@ def test_other_samples_and_other_norms_are_faults():
     report = compare(found)
     assert not report.data and report.grad_norm == pytest.approx(0.025)
     assert "other samples" in report.faults[0] and "4.1, not 4" in report.faults[1]
+
+
+def test_a_data_set_and_a_component_are_compared_by_themselves():
+    found = told()
+    found["steps"][0]["losses"] = {"a": 1.001}
+    found["steps"][1]["norms"]["vision"] = 1.1
+    assert compare(found).faults == (
+        "step 1: the loss of data set a is 1.001, not 1",
+        "step 1: the loss of data set b is None, not 3",
+        "step 2: the gradient norm of vision is 1.1, not 1",
+    )
 
 
 def test_parts_are_put_together_and_copies_compared():
