@@ -17,14 +17,17 @@ import json
 import os
 import shutil
 import zlib
+from array import array
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from megatron_vlm.data import video
+from megatron_vlm.data.digests import Digests
 from megatron_vlm.data.example import NAME, Example, Media, to_json
 from megatron_vlm.data.image import EXTENSIONS, probe
 from megatron_vlm.data.tar import Member, add_member, end_tar, write_offsets
@@ -75,8 +78,7 @@ class ShardWriter:
             raise ValueError(
                 f"{self.directory} exists already. Choose another directory, or ask for overwriting shards."
             )
-        self._media: dict[str, tuple[int, int, int, Media]] = {}
-        self._timelines: dict[str, bytes] = {}
+        self._media = _Stored()
         self._samples: dict[tuple[str, str], _SampleFile] = {}
         self._tar: BinaryIO | None = None
         self._members: list[Member] = []
@@ -123,8 +125,8 @@ class ShardWriter:
         Raises ValueError where the header is not that of an allowed image.
         """
         key = hashlib.sha256(data).hexdigest()
-        if key in self._media:
-            return self._media[key][3]
+        if known := self._media.get(key):
+            return known
         header = probe(data, name=key)
         return self._store(Media(key, header.width, header.height), EXTENSIONS[header.format], data)
 
@@ -134,31 +136,28 @@ class ShardWriter:
         Raises ValueError where it is not a whole video of an allowed kind.
         """
         key = hashlib.sha256(data).hexdigest()
-        if key in self._media:
-            return self._media[key][3]
+        if known := self._media.get(key):
+            return known
         found = video.scan(data, name=key)
         timeline = found.timeline
         media = Media(
             key, found.width, found.height, "video", timeline.seconds, round(timeline.fps, 6), len(timeline.pts)
         )
-        self._timelines[key] = timeline.pack()
-        return self._store(media, found.extension, data)
+        return self._store(media, found.extension, data, timeline.pack())
 
     def add_checked(self, media: Media, extension: str, data: bytes, timeline: bytes | None) -> None:
         """Store a file that another writer has checked and described: its bytes are believed to fit `media`.
 
         timeline: Timeline.pack of a video, None of an image.
         """
-        if media.key not in self._media:
-            if timeline is not None:
-                self._timelines[media.key] = timeline
-            self._store(media, extension, data)
+        if not self._media.get(media.key):
+            self._store(media, extension, data, timeline)
 
-    def _store(self, media: Media, extension: str, data: bytes) -> Media:
+    def _store(self, media: Media, extension: str, data: bytes, timeline: bytes | None = None) -> Media:
         tar = self._tar or self._open_tar()
         member = add_member(tar, f"{media.key}.{extension}", data)
         self._members.append(member)
-        self._media[media.key] = (len(self._shards) - 1, member.offset, member.size, media)
+        self._media.add(media, len(self._shards) - 1, member.offset, member.size, timeline)
         if tar.tell() >= self._shard_bytes:
             self._close_tar()
         return media
@@ -174,7 +173,7 @@ class ShardWriter:
                 raise ValueError(f"{name!r} cannot name a data set or split: use letters, digits, `_` and `-`.")
         example.check()
         for media in example.media:
-            if media.key not in self._media or self._media[media.key][3] != media:
+            if self._media.get(media.key) != media:
                 raise ValueError(
                     f"sample {example.key!r} names media {media}, which neither add_image nor add_video returned."
                 )
@@ -206,7 +205,7 @@ class ShardWriter:
 
     def _finish(self) -> None:
         self._close_tar()
-        self._write_media_index()
+        self._media.write(self._partial / "media.arrow")
         datasets: dict[str, dict[str, dict[str, int]]] = {}
         for (dataset, split), samples in sorted(self._samples.items()):
             datasets.setdefault(dataset, {})[split] = samples.close()
@@ -241,18 +240,51 @@ class ShardWriter:
             if not theirs.is_file() or theirs.read_bytes() != (self._partial / "manifest.json").read_bytes():
                 raise
 
-    def _write_media_index(self) -> None:
-        rows = [
-            (bytes.fromhex(key), shard, offset, size, media.width, media.height)
-            for key, (shard, offset, size, media) in sorted(self._media.items())
+
+class _Stored:
+    """The index of media while it grows: columns, some 80 bytes a file; what only videos have apart."""
+
+    def __init__(self) -> None:
+        self._keys = Digests(32)
+        self._columns = [array(kind) for kind in "iqqii"]  # shard, offset, size, width, height
+        self._videos: dict[int, tuple[Media, bytes | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def get(self, key: str) -> Media | None:
+        """What is stored under a key."""
+        if len(key) != 64:
+            return None
+        row = self._keys.find(bytes.fromhex(key))
+        if row < 0:
+            return None
+        width, height = (column[row] for column in self._columns[3:])
+        return self._videos[row][0] if row in self._videos else Media(key, width, height)
+
+    def add(self, media: Media, shard: int, offset: int, size: int, timeline: bytes | None) -> None:
+        row = self._keys.add(bytes.fromhex(media.key))
+        for column, value in zip(self._columns, (shard, offset, size, media.width, media.height), strict=True):
+            column.append(value)
+        if media.kind == "video":
+            self._videos[row] = media, timeline
+
+    def write(self, path: Path) -> None:
+        """As an Arrow file, in the order of the keys."""
+        count = len(self)
+        keys = np.frombuffer(self._keys.data(), dtype="V32", count=count)
+        order = np.argsort(keys.view("S32"), kind="stable")
+        arrays = [pa.Array.from_buffers(pa.binary(32), count, [None, pa.py_buffer(keys[order])])]
+        arrays += [
+            pa.array(np.frombuffer(column, dtype=column.typecode, count=count)[order], type=field.type)
+            for column, field in zip(self._columns, list(MEDIA_SCHEMA)[1:], strict=True)
         ]
-        columns: list[Any] = list(zip(*rows, strict=True)) if rows else [[] for _ in MEDIA_SCHEMA]
         schema = MEDIA_SCHEMA
-        if self._timelines:
+        if any(timeline is not None for _, timeline in self._videos.values()):
             schema = schema.append(TIMELINE)
-            columns.append([self._timelines.get(key) for key in sorted(self._media)])
-        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
-        with pa.OSFile(str(self._partial / "media.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            timelines = [self._videos[row][1] if row in self._videos else None for row in order.tolist()]
+            arrays.append(pa.array(timelines, type=TIMELINE.type))
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=schema))
 
 
@@ -263,13 +295,14 @@ class _SampleFile:
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, SAMPLE_SCHEMA)
         self._rows: list[tuple[str, str, int, int, int, int]] = []
-        self._keys: set[str] = set()
+        self._keys = Digests(16)
         self._branches = 0
 
     def add(self, example: Example) -> None:
-        if example.key in self._keys:
+        digest = hashlib.blake2b(example.key.encode(), digest_size=16).digest()
+        if self._keys.find(digest) >= 0:
             raise ValueError(f"sample key {example.key!r} is used twice in one data set and split.")
-        self._keys.add(example.key)
+        self._keys.add(digest)
         record = to_json(example)
         branches = len(example.branches)
         self._branches += branches

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_rows_do_not_depend_on_layout_or_workers(folder, ranks, workers):
         assert {row: content for part in parts for row, content in part.items()} == wanted
         assert sum(len(part) for part in parts) == len(wanted) == 8
         assert sum(rank[number].loss_weight for rank in found) == pytest.approx(reference[number].global_loss_weight)
+
+
+def test_any_window_is_planned_without_the_earlier_ones(folder):
+    loader = Loader(config(folder), ARCH, Share())
+    began = time.process_time()
+    rows = loader._planner.plan(1_000_000)
+    assert time.process_time() - began < 2
+    loader.close()
+    far = loader.state_dict() | {"window": 1_000_000, "offset": 0}
+    assert [s.key for row in rows[:8] for s in row.samples] == list(steps(config(folder), 1, state=far)[0].keys)
 
 
 def test_counts_are_true(folder):

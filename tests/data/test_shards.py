@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from megatron_vlm.data.digests import Digests
 from megatron_vlm.data.example import Branch, Example, Media, Turn
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.verify import verify
@@ -59,6 +60,18 @@ def test_reads_what_was_written(built):
     assert shards.manifest["media"]["count"] == len(files) == 225
     assert shards.file("tokenizer.json").read_bytes() == b"{}"
     assert verify(folder) == []
+
+
+def test_digests_are_found_whatever_their_slots():
+    """Against a dict; many share their first bytes, so that they meet in the table."""
+    rng, known, table = np.random.default_rng(0), {}, Digests(16)
+    for number in range(1500):
+        digest = bytes([number % 7]) + bytes(7) + rng.bytes(8) if number % 2 else rng.bytes(16)
+        assert table.find(digest) == known.get(digest, -1) == -1
+        known[digest] = table.add(digest)
+        assert known[digest] == number == table.find(digest)
+    assert len(table) == 1500 and all(table.find(digest) == row for digest, row in known.items())
+    assert table[17] in known and bytes(table.data()) == b"".join(known)
 
 
 def test_a_key_that_ends_in_zero_bytes_is_found(tmp_path):
