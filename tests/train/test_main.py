@@ -62,7 +62,8 @@ def _fails(capsys, *argv):
 def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeypatch):
     for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")):
         monkeypatch.setenv(name, f"a-secret-word-{number}")
-    assert command.main([str(recipe)]) == 0
+    logs = ("log.profile=[2]", "log.norms_every=3")
+    assert command.main([str(recipe), *logs]) == 0
     said = capsys.readouterr().out
     run = tmp_path / "run"
     written = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
@@ -80,7 +81,11 @@ def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeyp
     ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ledger] == [1, 2, 3, 4, 5, 6]
     assert all({"window", "offset", "keys_hash", "skipped"} <= set(line) for line in ledger)
-    assert load.load(run / "config.yaml") == load.load(recipe)
+    assert load.load(run / "config.yaml") == load.load(recipe, logs)
+    assert [path.name for path in (run / "profile").iterdir()] == ["step-0000002-rank-00000.json"]
+    norms = [json.loads(line) for line in (run / "norms.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in norms] == [3, 6]
+    assert all(norms[0][kind]["language.decoder.layers.0.mlp.linear_fc1"] > 0 for kind in ("gradients", "parameters"))
     assert json.loads((run / "exit.json").read_text()) == {
         "outcome": "finished", "reason": "all steps done", "step": 6,
     }  # fmt: skip
