@@ -21,9 +21,9 @@ failed=0
 "$PYTHON" -m ruff check . || failed=1
 "$PYTHON" -m ruff format --check --quiet . || { failed=1; echo "ruff format would change files: run it."; }
 "$PYTHON" -m mypy || failed=1
-# Two files of tests at a time; the slow tests start several processes each and run alone.
+# Two files of tests at a time: most wait for processes, or have one.
 "$PYTHON" -m pytest -m "not slow" -n 2 --dist loadfile "$@" || failed=1
 if $full; then
-    "$PYTHON" -m pytest -m slow "$@" || failed=1
+    "$PYTHON" -m pytest -m slow -n 2 --dist loadfile --durations=25 "$@" || failed=1
 fi
 exit $failed

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vlm.config import presets
+from megatron_vlm.config.architecture import COMPONENTS
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.split import even_counts
@@ -23,8 +24,6 @@ from megatron_vlm.plan.layers import FLOAT, Load, Settings
 MEASURED_BYTES = 7 * 8
 #: Most failed samples of a rank, and a number that tells whether all planned the same rows, twice: int64.
 FAULTS_BYTES = 3 * 8
-#: Squared norms of the three components, float64.
-NORM_BYTES = 3 * 8
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,10 @@ def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: i
     yield Collective("all_reduce", "data", MEASURED_BYTES, 1, "loss weights and work of the step")
     yield Collective("all_reduce", "weights", report, 1, "losses")
     yield Collective("all_reduce", "pipeline", report, 1, "losses")
-    yield Collective("all_reduce", "world", NORM_BYTES, 1, "gradient norms")
-    yield Collective("broadcast", "world", NORM_BYTES + 8, 1, "loss and norms, to agree on them")
+    # float64; the base embeddings have a norm where they train.
+    norms = 8 * (len(COMPONENTS) - ("base_embeddings" in config.model.freeze))
+    yield Collective("all_reduce", "world", norms, 1, "gradient norms")
+    yield Collective("broadcast", "world", norms + 8, 1, "loss and norms, to agree on them")
     averaged = summed = 0
     for chunk in chunks:
         parameters = params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor)
