@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from megatron_vlm.config import fp8, presets
+from megatron_vlm.config import fp8, load, presets
 from megatron_vlm.config.schema import Config, DataConfig, Fp8Config, ModelConfig, ParallelConfig, TrainConfig
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
 
 def problems(preset: str, tokens: int, parallel: dict | None = None, **settings) -> list[str]:
@@ -112,3 +115,9 @@ def test_other_precisions_have_no_such_rules():
     config = Config(fp8=Fp8Config(components=("connector",)))
     assert not list(fp8.problems(config, presets.architecture(config.model), 1))
     assert not list(fp8.problems(dataclasses.replace(config, train=TrainConfig(precision="bf16")), None, 1))
+
+
+@pytest.mark.parametrize("recipe", [f"molmo2_{size}/stage{stage}" for size in ("4b", "8b") for stage in (1, 2, 3)])
+def test_the_large_recipes_fit_as_they_are(recipe):
+    config = load.load(RECIPES / f"{recipe}.yaml", ["train.precision=fp8"])
+    assert not list(fp8.problems(config, presets.architecture(config.model), 8))
