@@ -38,6 +38,10 @@ def small(tmp_path) -> Iterator[Callable[[float], Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["background", "waited for"])
 def test_a_full_disk_ends_the_run_with_numbers_and_it_goes_on_when_there_is_space(tmp_path, small, pool, asynchronous):
@@ -50,8 +54,9 @@ def test_a_full_disk_ends_the_run_with_numbers_and_it_goes_on_when_there_is_spac
         for each in (whole, full)
     )
     pool(2).run(kills.train, whole, timeout_s=120)
-    one = sum(file.stat().st_size for file in (tmp_path / "whole" / "checkpoints" / "iter_0000006").iterdir())
-    small(1.5 * one / 1e6)
+    kept = tmp_path / "whole" / "checkpoints"
+    one, frozen = size_of(kept / "iter_0000006"), size_of(kept / "frozen")
+    small((1.5 * one + frozen) / 1e6)
     mine = Pool(2)  # its processes are spoiled by the failure
     with pytest.raises(RuntimeError, match="there is no checkpoint of step 4: "):
         mine.run(kills.train, full, timeout_s=120)
@@ -62,8 +67,8 @@ def test_a_full_disk_ends_the_run_with_numbers_and_it_goes_on_when_there_is_spac
     assert found and "there is no checkpoint of step 4" in told["reason"], told
     free, size, needed = map(float, found.groups())
     assert needed == pytest.approx(one / 1e6, rel=0.1) and free < needed < size
-    assert free == pytest.approx(size - one / 1e6, rel=0.1)  # what was half-written is gone
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iter_0000002", "latest"]
+    assert free == pytest.approx(size - (one + frozen) / 1e6, rel=0.1)  # what was half-written is gone
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["frozen", "iter_0000002", "latest"]
     small(1000)
     mine.run(kills.train, full, timeout_s=120)
     mine.close()
@@ -85,4 +90,6 @@ def test_the_command_ends_with_1_and_one_paragraph(tmp_path, small, capsys, mega
     assert re.search(
         r"\nThe disk is full: [\d.]+ of [\d.]+ MB are free at .*Make space and start the same command", said
     )
-    assert not list(run.glob("checkpoints/*"))
+    # Frozen weights were whole already.
+    assert {path.name for path in run.glob("checkpoints/*")} <= {"frozen"}
+    assert {path.name for path in run.glob("checkpoints/frozen/*") if path.name.startswith(".")} == set()
