@@ -18,6 +18,7 @@ def total(value: int) -> tuple[int, int]:
 
 
 def fail_on(rank: int) -> None:
+    dist.barrier()  # a rank that is still looking for the others would say so, and the call would be made again
     if dist.get_rank() == rank:
         raise KeyError("the planted error")
     dist.barrier()
