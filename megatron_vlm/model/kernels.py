@@ -57,7 +57,13 @@ def choose(config: Config) -> Kernels:
                 "train.precision=fp8 needs kernels.spec=transformer_engine (or auto): the layers of the spec local "
                 "have no FP8."
             )
-        spec, why_spec = _pick("spec", "transformer_engine", (), fast)[0], "train.precision=fp8"
+        fault = missing("transformer_engine")
+        if fault:
+            raise ValueError(
+                f"train.precision=fp8 needs Transformer Engine, but {fault}. {_INSTALL['transformer_engine']}; or set "
+                "train.precision=bf16."
+            )
+        spec, why_spec = "transformer_engine", "train.precision=fp8"
         _check_fp8(config.fp8.recipe)
     else:
         spec, why_spec = _pick("spec", asked.spec, ("transformer_engine", "local"), fast)
