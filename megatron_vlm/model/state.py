@@ -25,11 +25,15 @@ def metadata(given: dict | None) -> dict:
 
 
 def tidy(state: ShardedStateDict, prefix: str, language: Language, metadata: dict) -> ShardedStateDict:
-    """Drop the empty extra states of linear layers; a tied head stands under the name of the embedding."""
+    """Drop the extra states of linear layers; a tied head stands under the name of the embedding.
+
+    Extra states are empty but for Transformer Engine's delayed scaling, whose history is a pickle that it would open:
+    in a checkpoint from a stranger that could be anything. So the history starts anew in every process.
+    """
     state = {
         key: value
         for key, value in state.items()
-        if not (isinstance(value, ShardedObject) and key.endswith("_extra_state") and _empty(value.data))
+        if not (isinstance(value, ShardedObject) and key.endswith("_extra_state"))
     }
     if language.tied_head is not None:
         key = f"{prefix}language.tied_head.weight"
@@ -44,11 +48,6 @@ def tidy(state: ShardedStateDict, prefix: str, language: Language, metadata: dic
             dp_cp_group=group,
         )
     return state
-
-
-def _empty(extra_state: torch.Tensor | None) -> bool:
-    """Transformer Engine's layers have a tensor without numbers where there is nothing to keep."""
-    return extra_state is None or not extra_state.numel()
 
 
 def shards(models: Iterable[MegatronModule]) -> Iterator[ShardedTensor]:

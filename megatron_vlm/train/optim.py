@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
@@ -93,23 +93,22 @@ def _adam(package: str) -> Iterator[None]:
 
     All three are AdamW with the same arguments.
     """
-    chosen: dict[str, Any] = {"USING_PYTORCH_OPTIMIZER": package == "torch"}
+    changes: list[tuple[Any, str, Any]] = [(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", package == "torch")]
     if package == "transformer_engine":
         from transformer_engine.pytorch.optimizers import FusedAdam
-
-        chosen["Adam"] = FusedAdam
     elif package == "apex":
         from apex.optimizers import FusedAdam
-
-        chosen["Adam"] = FusedAdam
-    before = {name: getattr(megatron_optimizer, name) for name in chosen}
+    if package != "torch":
+        # The distributed optimizer looks whether it got the one that it would have taken itself.
+        changes += [(module, "Adam", FusedAdam) for module in (megatron_optimizer, distrib_optimizer)]
+    before = [getattr(module, name) for module, name, _ in changes]
     try:
-        for name, value in chosen.items():
-            setattr(megatron_optimizer, name, value)
+        for module, name, value in changes:
+            setattr(module, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(megatron_optimizer, name, value)
+        for (module, name, _), value in zip(changes, before, strict=True):
+            setattr(module, name, value)
 
 
 def _key(component: str, decays: bool) -> ParamKey:

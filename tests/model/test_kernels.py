@@ -108,6 +108,8 @@ def test_the_unrelated_package_is_passed_over_and_reported(install, monkeypatch)
 
 
 def test_named_norms_and_optimizer_are_those_of_the_package(one_rank, install):
+    from megatron.core.optimizer import distrib_optimizer
+
     from megatron_vlm.model import kernels
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel.layout import Layout
@@ -125,6 +127,11 @@ def test_named_norms_and_optimizer_are_those_of_the_package(one_rank, install):
     optimizer = optim.build(optim.wrap([model], config), config)
     assert type(optimizer.chained_optimizers[0].optimizer).__module__ == "apex.optimizers"
     assert kernels.choose(tiny.config(tiny.ARCH)).optimizer == "torch"  # on a CPU, unless it is named
+    # Megatron's distributed optimizer refuses one that it would not have taken itself.
+    own = distrib_optimizer.Adam
+    with optim._adam("apex"):
+        assert distrib_optimizer.Adam.__module__ == "apex.optimizers"
+    assert distrib_optimizer.Adam is own and own.__module__ != "apex.optimizers"
 
 
 def shapes(model):
