@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -137,7 +138,8 @@ def _serve(rank: int, world: int, device: str, pipe: Connection) -> None:
     """Body of one process: answer calls until the pipe closes."""
     import torch
 
-    # Nothing to do, unless something else had started the fork server before it was told what to import.
+    # Where the data's workers have started the fork server, it was told no imports, and is deaf (data.workers).
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     import megatron_vlm.parallel.preload  # noqa: F401
 
     torch.set_num_threads(1)

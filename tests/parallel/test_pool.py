@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -72,3 +75,20 @@ def test_a_call_whose_groups_did_not_form_is_made_again(monkeypatch, capsys):
     assert one.run(total, 1) == [(0, 1)] and len(tries) == 2
     assert "found no other rank\nTrying again." in capsys.readouterr().err
     one.close()
+
+
+def blocked() -> set[int]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_processes_hear_signals_where_the_deaf_workers_of_the_data_have_started_the_server():
+    code = """if __name__ == "__main__":
+        from megatron_vlm.data import workers
+        from megatron_vlm.parallel.pool import Pool
+        from tests.parallel.test_pool import blocked
+        workers._start_server()
+        one = Pool(1)
+        print(one.run(blocked))
+        one.close()"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "[set()]\n", ended.stderr
