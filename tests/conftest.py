@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
+from megatron_vlm.config.presets import PRESETS  # noqa: E402
 from megatron_vlm.parallel.pool import Pool  # noqa: E402
 
 # A machine that does other work at the same time is slow now and then: that is no failure.
@@ -29,6 +30,15 @@ def pool() -> Iterator[Callable[[int], Pool]]:
     yield of
     for each in pools.values():
         each.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_presets() -> Iterator[None]:
+    """Presets that tests make do not outlive their file."""
+    before = dict(PRESETS)
+    yield
+    PRESETS.clear()
+    PRESETS.update(before)
 
 
 @pytest.fixture
