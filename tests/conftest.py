@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,10 @@ from megatron_vlm.parallel.pool import Pool  # noqa: E402
 # A machine that does other work at the same time is slow now and then: that is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the imports made stays; `one_rank` need not walk over it
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +62,5 @@ def one_rank(tmp_path) -> Iterator[None]:
     yield
     groups.destroy()
     dist.destroy_process_group()
+    # Models hold their groups in reference cycles, and each group over gloo has a thread that wakes every 10 ms.
+    gc.collect()
