@@ -32,6 +32,7 @@ from megatron_vlm.data.fetch import Fetcher, Later, Limits, Refused
 from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.entry import Entry
 from megatron_vlm.data.sets.resolve import Finder, Missing
+from megatron_vlm.data.sets.row import LeftOut
 from megatron_vlm.data.sets.table import TABLE, find
 
 #: Mixtures of each stage, by recipe. The long stage trains on the mixture of fine-tuning.
@@ -52,6 +53,8 @@ class Report:
     """ok, or why there are none."""
     rows_left_out: int = 0
     """Rows that the reader refused, and drafts of rows whose media are wrong in themselves."""
+    rows_not_wanted: int = 0
+    """Rows that the recipe does not train on, and those about media kept for evaluation."""
     wanted: int = 0
     """Files that the rows name, each once."""
     present: int = 0
@@ -213,7 +216,9 @@ def _addresses(
     for pieces in source.splits(entry, name, folder).values():
         for piece in pieces:
             for place, draft in source.drafts(entry, piece, context):
-                if isinstance(draft, source.ForEvaluation):
+                if isinstance(draft, LeftOut):
+                    with lock:
+                        report.rows_not_wanted += 1
                     continue
                 if isinstance(draft, ValueError):
                     with lock:
@@ -269,6 +274,10 @@ def _write(reports: list[Report], folder: Path) -> None:
             lines.append(f"    annotations: {one.annotations}")
         if one.rows_left_out:
             lines.append(f"    {one.rows_left_out} rows cannot be read, as {'; '.join(one.examples['row'])}")
+        if one.rows_not_wanted:
+            lines.append(
+                f"    {one.rows_not_wanted} rows are not trained on: for evaluation, or left out by the recipe"
+            )
         for reason, count in sorted(one.missing.items(), key=lambda item: -item[1]):
             lines.append(f"    {count} missing, {reason}, as {one.examples[reason][0]}")
         if one.by_hand:

@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from megatron_vlm.data.writer import ShardWriter
 #: File beside the shards that says what they were made of.
 RECIPE = "build.json"
 #: Reasons that tell nothing against a data set: they do not count towards the share that may be left out.
-EXPECTED = ("duplicate", "evaluation")
+EXPECTED = ("duplicate", "evaluation", "recipe")
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Result:
 
     samples: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, Counter[str]] = field(default_factory=dict)
-    """Data set -> reason (missing, unsound, evaluation, duplicate) -> rows or samples."""
+    """Data set -> reason (missing, unsound, evaluation, recipe, duplicate) -> rows or samples."""
     is_new: bool = True
     """False where the shards were there already."""
 
@@ -138,6 +139,11 @@ def _run(tasks: list[tuple[Any, ...]], function: Callable[..., None], workers: i
                 for future in as_completed(futures):
                     future.result()
                     bar.update()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    f"a process ended while it made {unit}: killed for its memory, or by a decoder. What was finished "
+                    "is kept. Try again with fewer --workers."
+                ) from error
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

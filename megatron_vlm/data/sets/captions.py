@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from megatron_vlm.data.example import Branch, Turn
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.sets.draft import Draft
-from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.row import LeftOut, Row, words
 
 
 def captions(row: Row, *, style: str = "long_caption", transcripts: bool = False, path: str = "") -> Iterator[Draft]:
@@ -18,9 +18,9 @@ def captions(row: Row, *, style: str = "long_caption", transcripts: bool = False
     """
     branches = [Branch(style, (Turn("", row.text("caption")),))]
     media = row.media(path)
-    spoken = [text for text in row.items("transcripts") if isinstance(text, str) and text.strip()]
+    spoken = [text for text in map(words, row.items("transcripts")) if text]  # some recordings are empty
     if transcripts and spoken:
-        chosen = generator("transcript", media[0].identity).choice(spoken).strip()
+        chosen = generator("transcript", media[0].identity).choice(spoken)
         branches.append(Branch("transcript", (Turn("", chosen),)))
     yield Draft(tuple(branches), media, clip=row.clip())
 
@@ -28,11 +28,10 @@ def captions(row: Row, *, style: str = "long_caption", transcripts: bool = False
 def video_captions(row: Row, *, styles: Mapping[str, str], min_score: float = 0.0, path: str = "") -> Iterator[Draft]:
     """Captions of one video (or clip), one branch for each column of `styles` (column -> style) that holds a text.
 
-    Rows whose `annotation_score` is below min_score are left out.
+    Raises LeftOut for rows whose `annotation_score` is below min_score.
     """
-    score = row.get("annotation_score")
-    if score is not None and row.number("annotation_score") < min_score:
-        return
+    if row.get("annotation_score") is not None and row.number("annotation_score") < min_score:
+        raise LeftOut(f"its annotation_score is below {min_score:g}.")
     found = [Branch(style, (Turn("", row.text(name)),)) for name, style in styles.items() if row.get(name)]
     if not found:
         raise ValueError(f"the row has none of the captions {', '.join(styles)}.")
@@ -41,11 +40,9 @@ def video_captions(row: Row, *, styles: Mapping[str, str], min_score: float = 0.
 
 def object_captions(row: Row, *, style: str = "video_object_caption", path: str = "") -> Iterator[Draft]:
     """Captions of a video, each about one who acts in it: `captions` and `actors`, side by side. A branch each."""
-    told = zip(row.items("captions"), row.items("actors"), strict=True)
+    told = zip(row.texts("captions"), row.texts("actors"), strict=True)
     branches = tuple(
-        Branch(style, (Turn(f"What does {str(actor).strip().lower()} do in the video?", str(text).strip()),))
-        for text, actor in told
-        if str(text).strip()
+        Branch(style, (Turn(f"What does {actor.lower()} do in the video?", text),)) for text, actor in told
     )
     if not branches:
         raise row.bad("captions", row.get("captions"), "at least one caption")

@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_vlm.data.example import Branch, Turn
 from megatron_vlm.data.sets.draft import Draft
-from megatron_vlm.data.sets.questions import without_places
-from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.questions import check_images, without_places
+from megatron_vlm.data.sets.row import LeftOut, Row, words
 
 _TAGS = re.compile(r"\[(USER|ASSISTANT)\]")
 _PLACEHOLDERS = re.compile(r"\s*<(?:image|video)>\s*|\(image \d+: <image>\)\s*", re.IGNORECASE)
@@ -30,19 +30,22 @@ def chat(
     """`messages` of {role, content} or {from, value}, as one conversation. A system message goes before the first
     question. `<image>` in them is dropped: images come first. Rows with too many or too few images are left out."""
     media = row.media(path) if with_media else ()
-    if with_media and (len(media) < min_images or (max_images and len(media) > max_images)):
-        return
+    if with_media:
+        check_images(len(media), min_images, max_images)
     yield Draft((Branch(style, turns(row)),), media)
 
 
 def tulu(row: Row, *, max_first_tokens: int) -> Iterator[Draft]:
-    """A text conversation of Tulu; what Molmo2 leaves out gives nothing: code, languages other than English, puzzles,
-    verifiable reasoning, hardcoded sources, empty messages, special tokens, a long first message."""
+    """A text conversation of Tulu. Raises LeftOut for what Molmo2 leaves out: code, languages other than English,
+    puzzles, verifiable reasoning, hardcoded sources, empty messages, special tokens, a long first message."""
     kind = f"{row.get('category') or ''} {row.get('source') or ''}".lower()
-    if any(word in kind for word in DROPPED) or row.get("empty_messages") or row.get("has_special_token"):
-        return
-    if (row.get("first_message_tokens") or 0) > max_first_tokens:
-        return
+    if dropped := [word for word in DROPPED if word in kind]:
+        raise LeftOut(f"it is of the kind {dropped[0]!r}.")
+    for mark in ("empty_messages", "has_special_token"):
+        if row.get(mark):
+            raise LeftOut(f"it is marked {mark}.")
+    if row.get("first_message_tokens") is not None and row.number("first_message_tokens") > max_first_tokens:
+        raise LeftOut(f"its first message has more than {max_first_tokens} tokens.")
     yield from chat(row, style="text_sft", with_media=False)
 
 
@@ -66,9 +69,8 @@ def fixed_answers(row: Row) -> Iterator[Draft]:
     """One `response` for each of `questions` (who are you?), without media. Molmo2 pairs most of them with a random
     image or video; here they stay text."""
     answer = row.text("response")
-    for question in row.items("questions"):
-        if isinstance(question, str) and question.strip():
-            yield Draft((Branch("user_qa", (Turn(question.strip(), answer),)),))
+    for question in row.texts("questions"):
+        yield Draft((Branch("user_qa", (Turn(question, answer),)),))
 
 
 def turns(row: Row) -> tuple[Turn, ...]:
@@ -95,6 +97,6 @@ def turns(row: Row) -> tuple[Turn, ...]:
 def _message(row: Row, message: Any) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise row.bad("messages", message, "an object with role and content")
-    who = str(message.get("role") or message.get("from") or "")
-    text = str(message.get("content") or message.get("value") or "")
+    who = words(message.get("role") or message.get("from"))
+    text = words(message.get("content") or message.get("value"))
     return who, _PLACEHOLDERS.sub("", text).strip() if who in _USER else text.strip()

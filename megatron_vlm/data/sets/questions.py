@@ -15,7 +15,7 @@ from typing import Any
 from megatron_vlm.data.example import Branch, Turn
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.sets.draft import Draft
-from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.row import LeftOut, Row, words
 
 #: Markers before options: from the number of the option, from 0.
 MARKERS: tuple[Callable[[int], str], ...] = (
@@ -70,9 +70,10 @@ def questions(
     if hint and row.get(hint):
         question = f"{row.text(hint)}\n{question}"
     rng = generator("question", media[0].identity, question)
-    texts = [_option(option) for option in row.items("options")]
-    texts = texts or [str(value).strip() for name in options if (value := row.get(name)) not in (None, "")]
-    negatives = [str(text).strip() for text in [*row.items("negatives"), *(row.get(name) for name in wrong)] if text]
+    texts = [_option(row, option) for option in row.items("options")]
+    texts = texts or [row.text(name) for name in options if row.get(name) not in (None, "")]
+    given = [*row.items("negatives"), *(row.get(name) for name in wrong)]
+    negatives = Row({"negatives": [one for one in given if one not in (None, "")]}).texts("negatives")
     if negatives:
         texts, index = _among(row.text("answer"), negatives, rng)
     elif texts:
@@ -103,8 +104,7 @@ def question_pairs(
     max_images: rows with more images are left out, as are those with fewer than min_images. 0 = any number.
     """
     media = row.media(path)
-    if not min_images <= len(media) or (max_images and len(media) > max_images):
-        return
+    check_images(len(media), min_images, max_images)
     branches = []
     for pair in _pairs(row, names or {}):
         question, answer = pair.text("question"), pair.text("answer")
@@ -118,14 +118,17 @@ def question_pairs(
 def judged_choices(row: Row, *, style: str, choice_style: str, path: str = "") -> Iterator[Draft]:
     """CLEVRER's form: `question` with `choices` [{choice, answer: correct | wrong}]; several may be correct, then the
     right options are listed. Without choices it is an open question."""
-    choices = row.items("choices")
+    choices = [Row(choice) for choice in row.items("choices")]
     if not choices:
         yield from questions(row, style=style, path=path)
         return
     media = row.media(path)
     rng = generator("question", media[0].identity, row.text("question"))
-    texts = [Row(choice).text("choice") for choice in choices]
-    right = [number for number, choice in enumerate(choices) if Row(choice).get("answer") == "correct"]
+    texts = [choice.text("choice") for choice in choices]
+    for choice in choices:
+        if choice.get("answer") not in ("correct", "wrong"):
+            raise choice.bad("answer", choice.get("answer"), "correct or wrong")
+    right = [number for number, choice in enumerate(choices) if choice.get("answer") == "correct"]
     turn = _choice(row.text("question"), texts, right[0] if right else 0, rng, right)
     yield Draft((Branch(choice_style, (turn,)),), media)
 
@@ -136,19 +139,21 @@ def listed_choices(
     """Several questions about the same images, in lists side by side: `questions`, `options` (a list of lists) and
     `answer_indices`; or `questions` and `answers` where the row has no options. A branch each."""
     media = row.media(path)
-    if len(media) < min_images or (max_images and len(media) > max_images):
-        return
-    asked, options = row.items("questions"), row.items("options")
-    right = row.items("answer_indices") if options else row.items("answers")
+    check_images(len(media), min_images, max_images)
+    asked, options = row.texts("questions"), row.items("options")
+    right = row.items("answer_indices") if options else row.texts("answers")
     branches = []
+    if options and len(options) != len(asked):
+        raise row.bad("options", options, f"options for each of {len(asked)} questions")
     for number, (question, answer) in enumerate(zip(asked, right, strict=True)):
-        question = without_images(str(question))
+        question = without_images(question)
         if options:
-            texts = [_option(option) for option in options[number]]
+            choices = Row({"options": options[number], "answer_index": answer})
+            texts = [_option(choices, option) for option in choices.items("options")]
             rng = generator("question", media[0].identity, question)
-            branches.append(Branch(style, (_choice(question, texts, int(answer), rng),)))
+            branches.append(Branch(style, (_choice(question, texts, _index(choices, texts), rng),)))
         else:
-            branches.append(Branch(style, (Turn(question, str(answer).strip()),)))
+            branches.append(Branch(style, (Turn(question, answer),)))
     if not branches:
         raise row.bad("questions", asked, "at least one question")
     yield Draft(tuple(branches), media)
@@ -172,9 +177,16 @@ def labels(row: Row, *, question: str, style: str = "video_short_answer", path: 
 def _weight(row: Row, weights: Mapping[Any, float] | None) -> float:
     if weights is None:
         return 1.0
-    if row.get("kind") not in weights:
-        raise row.bad("kind", row.get("kind"), f"one of {', '.join(map(str, weights))}")
-    return weights[row.get("kind")]
+    kind = row.get("kind")
+    if not isinstance(kind, (str, int)) or kind not in weights:
+        raise row.bad("kind", kind, f"one of {', '.join(map(str, weights))}")
+    return weights[kind]
+
+
+def check_images(count: int, least: int, most: int) -> None:
+    """Raise LeftOut for a row with fewer or more images than are trained on. most: 0 = any number."""
+    if count < least or (most and count > most):
+        raise LeftOut(f"it has {count} images; trained on are {least} to {most or 'any number'}.")
 
 
 def without_places(question: str) -> str:
@@ -201,30 +213,36 @@ def _tidy(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _option(option: Any) -> str:
+def _option(row: Row, option: Any) -> str:
     if isinstance(option, Mapping):
         return Row(option).text(next((name for name in ("text", "choice", "option") if name in option), "text"))
-    return str(option).strip()
+    if not (text := words(option)):
+        raise row.bad("options", option, "a text for each option")
+    return text
 
 
 def _pairs(row: Row, names: Mapping[str, str]) -> list[Row]:
     value = row.get("qa_pairs")
     if isinstance(value, Mapping):
         parts = [names.get(name, name) for name in ("question", "answer", "explanation")]
-        parts = [name for name in parts if value.get(name) is not None]
-        value = [dict(zip(parts, pair, strict=True)) for pair in zip(*(value[name] for name in parts), strict=True)]
+        columns = {name: Row(value).items(name) for name in parts if value.get(name) is not None}
+        value = [dict(zip(columns, pair, strict=True)) for pair in zip(*columns.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise row.bad("qa_pairs", value, "a list of questions and answers")
     return [Row(pair, names) for pair in value]
 
 
 def _index(row: Row, texts: list[str]) -> int:
-    """Which option is right."""
-    given = row.get("answer_index") if row.get("answer_index") is not None else row.get("answer")
-    word = str(given).strip()
-    if word in texts and not isinstance(given, int):
+    """Which option is right. A number that is not called an index is the text of an option first: `4` of 2, 3, 4."""
+    index = row.get("answer_index")
+    given = row.get("answer") if index is None else index
+    word = words(given)
+    is_number = word.isdecimal() and int(word) < len(texts)
+    if is_number and (index is not None or isinstance(given, int)):
+        return int(word)
+    if word in texts:
         return texts.index(word)
-    if word.isdecimal() and int(word) < len(texts):
+    if is_number:
         return int(word)
     letter = word.strip("().").upper()
     if len(letter) == 1 and 0 <= ord(letter) - 65 < len(texts):
@@ -255,23 +273,30 @@ def plain_choice(question: str, texts: list[str], answer: Any, row: Row) -> Turn
 def _accepted(row: Row, prompt: str) -> dict[str, Any]:
     """For the sample's info: what all people said to a question, where the row tells more than one answer."""
     given = row.get("answer") if row.get("answer") is not None else row.get("answers")
-    said = [text for one in given if (text := _said(one))] if isinstance(given, list) else []
+    said = _said(row, given) if isinstance(given, list) else []
     return {"answers": {prompt: said}} if len(said) > 1 else {}
 
 
-def _said(one: Any) -> str:
-    return str(one.get("answer", one.get("raw_answer")) if isinstance(one, Mapping) else one).strip()
+def _said(row: Row, given: list[Any]) -> list[str]:
+    """What each of several people said; an empty answer is none."""
+    found = []
+    for one in given:
+        said = one.get("answer", one.get("raw_answer")) if isinstance(one, Mapping) else one
+        if not words(said) and said != "":
+            raise row.bad("answer", given, "texts")
+        found.append(words(said))
+    return list(filter(None, found))
 
 
 def _best(row: Row, meanings: Mapping[Any, str], rng: Random) -> str:
     """The answer given most often; one of them by chance where several are."""
     given = row.get("answer") if row.get("answer") is not None else row.get("answers")
     if isinstance(given, list):
-        counts = Counter(text for one in given if (text := _said(one)))
+        counts = Counter(_said(row, given))
         if not counts:
             raise row.bad("answer", given, "at least one answer")
         best = max(counts.values())
         return rng.choice(sorted(text for text, count in counts.items() if count == best))
-    if given in meanings:
+    if isinstance(given, (str, int)) and given in meanings:
         return meanings[given]
     return row.text("answer" if row.get("answer") is not None else "answers")

@@ -13,6 +13,8 @@ from megatron_vlm.data.sets.places import inside
 from megatron_vlm.data.sets.row import Row
 from megatron_vlm.data.sets.source import stored_name
 
+#: Most letters of a file name that a row may hold.
+MAX_NAME = 1024
 #: Endings tried for a video that is named without one.
 VIDEO_ENDINGS = ("", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
 
@@ -57,6 +59,8 @@ class Finder:
         name = PurePosixPath(reference.path or reference.id)
         if name.is_absolute() or ".." in name.parts or "\0" in str(name):
             raise ValueError(f"file name {str(name)!r} is refused: absolute, or it leaves the folder.")
+        if len(str(name)) > MAX_NAME or any(len(part.encode(errors="replace")) > 240 for part in name.parts):
+            raise ValueError(f"file name {str(name)[:60]!r}... is refused: it is longer than a name can be.")
         base = self.folder / self.media
         endings = VIDEO_ENDINGS if reference.kind == "video" else ("",)
         return [base / f"{name}{ending}" for ending in endings]

@@ -14,6 +14,26 @@ _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _SPAN = re.compile(r"\[?\s*([0-9.:]+)\s*[-:,]\s*([0-9.]+)\s*\]?")
 
 
+class LeftOut(ValueError):
+    """A sound row, or a part of one, that the recipe does not train on. Counted apart from rows that are not sound."""
+
+
+def words(value: Any) -> str:
+    """A text without the blanks around it, or a finite number as one; "" for anything else, so that no `None`, `nan` or
+    `[]` is ever trained on. A text with half of a surrogate pair, which no file can hold, counts as none."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float):
+            value = int(value) if value.is_integer() else value if math.isfinite(value) else ""
+        return str(value)
+    if not isinstance(value, str):
+        return ""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return ""
+    return value.strip()
+
+
 class Row:
     """A row. `names` gives the data set's column for each of our names; a name that is missing there stands for itself.
 
@@ -21,6 +41,8 @@ class Row:
     """
 
     def __init__(self, values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{_shown(values)} stands where an object was needed.")
         self.values = values
         self.names = names or {}
 
@@ -40,13 +62,19 @@ class Row:
         return value
 
     def text(self, name: str) -> str:
-        """A text that is not empty. Raises ValueError, naming the column, for anything else."""
+        """A text (or a number) that is not empty. Raises ValueError, naming the column, for anything else."""
         value = self.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            value = str(int(value)) if value == int(value) else str(value)
-        if not isinstance(value, str) or not value.strip():
+        if not (text := words(value)):
             raise self.bad(name, value, "a text")
-        return value.strip()
+        return text
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts (or numbers), [] where the column is missing. Raises ValueError where one is none."""
+        values = self.items(name)
+        found = [words(value) for value in values]
+        if not all(found):
+            raise self.bad(name, values, "a list of texts")
+        return found
 
     def number(self, name: str) -> float:
         """A finite number, or a time as H:MM:SS. Raises ValueError for anything else."""
@@ -98,16 +126,18 @@ class Row:
                 value = float(value)
             except ValueError:
                 raise self.bad(name, value, "a number") from None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.bad(name, value, "a finite number")
-        return float(value)
+        try:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise self.bad(name, value, "a finite number")
+            return float(value)
+        except OverflowError:
+            raise self.bad(name, value, "a number that is not as large") from None
 
     def bad(self, name: str, value: Any, needed: str) -> ValueError:
         """The error for a column's value."""
         column = self.names.get(name, name)
-        shown = repr(value) if len(repr(value)) < 100 else repr(value)[:97] + "..."
         found = ", ".join(map(str, self.values)) or "none"
-        return ValueError(f"column {column!r} is {shown}; needed {needed}. Columns of the row: {found}.")
+        return ValueError(f"column {column!r} is {_shown(value)}; needed {needed}. Columns of the row: {found}.")
 
     def media(self, path: str = "") -> tuple[Reference, ...]:
         """The images or the video of the row, from whichever of our columns it has: image(s) (bytes, or a file name),
@@ -123,7 +153,9 @@ class Row:
     def _media(self, path: str) -> Iterator[Reference]:
         video = self.get("video_id") if self.get("video") is None else self.get("video")
         if video is not None or self.get("video_url") is not None:
-            name = str(video or "")
+            name = words(video)
+            if video is not None and not name:
+                raise self.bad("video", video, "a file name")
             where = self._path(path) if path else name
             yield Reference("video", url=self._address("video_url"), path=where, id=name)
             return
@@ -134,28 +166,38 @@ class Row:
         hashes = self.items("image_sha256s") or [self.get("image_sha256")] * len(urls)
         for url, sha256 in zip(urls, hashes, strict=True):
             if url is not None:
-                yield Reference(url=str(url), sha256=str(sha256 or "").lower())
+                if not words(url):
+                    raise self.bad("image_url", url, "an address")
+                yield Reference(url=words(url), sha256=words(sha256).lower())
         for image in [*self.items("images"), self.get("image"), *self.items("image_paths"), self.get("image_path")]:
             if image is not None:
                 yield self._image(image)
 
     def _image(self, image: Any) -> Reference:
-        if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):
-            return Reference(data=image.get("bytes") or b"", path=str(image.get("path") or ""))
+        if isinstance(image, Mapping):
+            data, path = image.get("bytes") or b"", words(image.get("path"))
+            if isinstance(data, bytes) and (data or path):
+                return Reference(data=data, path=path)
         if isinstance(image, bytes) and image:
             return Reference(data=image)
-        if isinstance(image, str) and image:
-            return Reference(url=image) if image.startswith(("http://", "https://")) else Reference(path=image)
+        if name := words(image) if isinstance(image, str) else "":
+            return Reference(url=name) if name.startswith(("http://", "https://")) else Reference(path=name)
         raise self.bad("image", image, "bytes, a file name or an address")
 
     def _address(self, name: str) -> str:
         value = self.get(name)
-        return value if isinstance(value, str) else ""
+        return words(value) if isinstance(value, str) else ""
 
     def _path(self, form: str) -> str:
-        values = {name: self.get(name) for name in set(re.findall(r"{(\w+)", form))}
+        values = {name: words(self.get(name)) for name in set(re.findall(r"{(\w+)", form))}
         try:
-            return form.format(**{k: int(v) if str(v).isdecimal() and f"{{{k}:" in form else v
-                                  for k, v in values.items()})  # fmt: skip
+            if not all(values.values()):
+                raise ValueError
+            return form.format(**{k: int(v) if v.isdecimal() and f"{{{k}:" in form else v for k, v in values.items()})
         except (ValueError, TypeError):
             raise ValueError(f"no file name {form!r} can be made from {values}.") from None
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) < 100 else shown[:97] + "..."

@@ -17,7 +17,7 @@ from megatron_vlm.data.masks import packed
 from megatron_vlm.data.sets.draft import Draft
 from megatron_vlm.data.sets.places import inside, pairs
 from megatron_vlm.data.sets.questions import plain_choice
-from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.row import LeftOut, Row
 
 #: Frames a second of Molmo2-VideoPointEval's masks.
 MASKS_PER_SECOND = 2
@@ -28,8 +28,11 @@ def masked_video_points(row: Row, *, style: str = "video_point_count", path: str
     """A place of `label` for each of `timestamps`: `points` [{x, y}] in pixels; `masks`, for each of them [{frame_id,
     rle}] at MASKS_PER_SECOND. Asked for number and places."""
     label = row.text("label")
-    times, objects = [float(time) for time in row.items("timestamps")], row.items("masks")
-    kept = [[[mask["frame_id"] / MASKS_PER_SECOND, *packed(mask["rle"])] for mask in frames] for frames in objects]
+    times = [Row({"timestamps": time}).number("timestamps") for time in row.items("timestamps")]
+    kept: list[list[list[Any]]] = [
+        [[mask.number("frame_id") / MASKS_PER_SECOND, *packed(mask.get("rle"))] for mask in map(Row, frames or ())]
+        for frames in row.items("masks")
+    ]
     if not len(times) == len(kept) == len(row.items("points")):
         raise ValueError(
             f"{len(times)} times, {len(row.items('points'))} points and {len(kept)} masks: needed as many."
@@ -48,18 +51,23 @@ def masked_video_points(row: Row, *, style: str = "video_point_count", path: str
 def masked_tracks(row: Row, *, rate: int = 1, path: str = "") -> Iterator[Draft]:
     """Molmo2-VideoTrackEval's form: `points` [{object_id, points: [[x, y] or nothing for each frame]}] in pixels of a
     video `width` x `height` at `fps`; `masks` [{object_id, masks: [run lengths or nothing for each frame]}]. Of both,
-    `rate` frames a second are kept. Rows whose fps is no multiple of it are left out."""
+    `rate` frames a second are kept. Raises LeftOut for rows whose fps is no multiple of it."""
     fps, width, height = row.number("fps"), row.number("width"), row.number("height")
+    if min(fps, width, height) <= 0:
+        raise row.bad("width", (width, height, fps), "width, height and fps above 0")
     if fps % rate:
-        return
+        raise LeftOut(f"{fps:g} frames a second are no multiple of {rate}.")
     step, label = int(fps // rate), row.text("label")
-    masks = {one["object_id"]: one["masks"] for one in row.items("masks")}
+    masks = {one.text("object_id"): one.items("masks") for one in map(Row, row.items("masks"))}
     objects, kept = [], []
-    for one in row.items("points"):
-        frames = [(number, place) for number, place in enumerate(one["points"]) if place and number % step == 0]
+    for one in map(Row, row.items("points")):
+        frames = [(number, place) for number, place in enumerate(one.items("points")) if place and number % step == 0]
         if frames:
-            objects.append(tuple(inside(row, Point(n / fps, x / width, y / height)) for n, (x, y) in frames))
-            own = masks[one["object_id"]]
+            seen = zip(frames, pairs(Row({"points": [place for _, place in frames]}), "points"), strict=True)
+            objects.append(tuple(inside(row, Point(n / fps, x / width, y / height)) for (n, _), (x, y) in seen))
+            own = masks.get(one.text("object_id"))
+            if own is None:
+                raise row.bad("masks", list(masks), f"those of object {one.text('object_id')}")
             kept.append([[n / fps, *packed(own[n])] for n in range(0, len(own), step) if own[n]])
     branch = Branch("video_point_track_per_frame", (Turn(label, Tracks(label, tuple(objects))),))
     yield Draft((branch,), row.media(path), clip=Clip(rate=rate), info={"masks": {label: kept}})
@@ -67,7 +75,7 @@ def masked_tracks(row: Row, *, rate: int = 1, path: str = "") -> Iterator[Draft]
 
 def stated_captions(row: Row, *, style: str, path: str = "") -> Iterator[Draft]:
     """A `caption` with its `statements`."""
-    made = [str(one).strip() for one in row.items("statements")]
+    made = row.texts("statements")
     if not made:
         raise row.bad("statements", row.get("statements"), "at least one statement")
     branch = Branch(style, (Turn("", row.text("caption")),))
@@ -94,9 +102,9 @@ def several_images(row: Row, *, style: str, images: int = 8, path: str = "") -> 
     if isinstance(options, str):
         try:
             options = ast.literal_eval(options)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
             raise row.bad("options", options, "a list") from None
-    question, *texts = _numbered([row.text("question"), *(str(option) for option in options or ())])
+    question, *texts = _numbered([row.text("question"), *Row({"options": options}).texts("options")])
     if not texts:
         yield Draft((Branch(style, (Turn(question, row.text("answer")),)),), media)
         return
@@ -118,7 +126,7 @@ def _numbered(texts: list[str]) -> list[str]:
 def choices(row: Row, *, style: str, options: tuple[str, ...] = (), path: str = "") -> Iterator[Draft]:
     """A question about a video (or an image) with `options`, a list or the columns named by the parameter, in the plain
     layout of benchmarks; `answer`: number, letter or text. Subtitles come along, a span cuts."""
-    texts = [str(one) for one in row.items("options")] or [row.text(name) for name in options if row.get(name)]
+    texts = row.texts("options") or [row.text(name) for name in options if row.get(name)]
     if len(texts) < 2:
         raise row.bad("options", row.get("options"), "at least two options")
     turn = plain_choice(row.text("question"), texts, row.get("answer"), row)

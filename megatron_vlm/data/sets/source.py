@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from megatron_vlm.data.sets.draft import Draft
 from megatron_vlm.data.sets.entry import MEDIA, Entry
-from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.row import LeftOut, Row
 
 _CHARADES = re.compile(r"(?P<video>\S+) (?P<start>[0-9.]+) (?P<end>[0-9.]+)##(?P<caption>.+)")
 #: A row of JSON or CSV, about.
@@ -67,12 +67,15 @@ def _pieces(entry: Entry, name: str, split: str, folder: Path) -> list[Piece]:
         if path.suffix != ".parquet":
             result.append(Piece(str(path), -1, path.stat().st_size // _ROW_BYTES))
             continue
-        about = pq.ParquetFile(path).metadata
+        try:
+            about = pq.ParquetFile(path).metadata
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a whole Parquet file ({error}). Download {name} again.") from error
         result += [Piece(str(path), group, about.row_group(group).num_rows) for group in range(about.num_row_groups)]
     return result
 
 
-class ForEvaluation(ValueError):
+class ForEvaluation(LeftOut):
     """A row about media that a data set for evaluation holds."""
 
 
@@ -87,32 +90,53 @@ class Context:
 
 
 def drafts(entry: Entry, piece: Piece, context: Context) -> Iterator[tuple[str, Draft | ValueError]]:
-    """(place of the row, draft) for each draft of a piece, (place, error) for a row that cannot be used."""
+    """(place of the row, draft) for each draft of a piece, (place, error) for a row that cannot be used: LeftOut where
+    the recipe does not want it."""
     for number, values in enumerate(rows(piece, entry)):
         place = f"{Path(piece.path).name}:{max(piece.group, 0)}:{number}"
-        try:
-            for draft in entry.family(Row(values, entry.columns), **entry.options):
-                draft = _addressed(draft, context.addresses)
-                barred = [medium.url for medium in draft.media if medium.url in context.barred]
-                yield place, ForEvaluation(f"{barred[0]} is kept for evaluation.") if barred else draft
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            # KeyError and its kind: a nested value of another shape than the schema's. The row is at fault.
-            yield place, error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
+        for draft in read_row(entry, values, context):
+            yield place, draft
 
 
-def rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any]]:
-    """The rows of a piece. Raises ValueError where the file is not what its name says."""
+def read_row(entry: Entry, values: Mapping[str, Any] | ValueError, context: Context) -> Iterator[Draft | ValueError]:
+    """The drafts of one row of `rows`, and its error where it cannot be used."""
+    try:
+        if isinstance(values, ValueError):
+            raise values
+        for draft in entry.family(Row(values, entry.columns), **entry.options):
+            draft = _addressed(draft, context.addresses)
+            barred = [medium.url for medium in draft.media if medium.url in context.barred]
+            yield ForEvaluation(f"{barred[0]} is kept for evaluation.") if barred else draft
+    except ValueError as error:
+        yield error
+    except Exception as error:  # a nested value of another shape than the schema's: the row is at fault
+        yield ValueError(f"{type(error).__name__}: {error}")
+
+
+def rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any] | ValueError]:
+    """The rows of a piece that the entry selects; an error for one that has no such form.
+
+    Raises ValueError where the file is not what its name says.
+    """
     table, shared, column = _joined(entry, piece)
     for row in _file_rows(piece, entry):
+        if not isinstance(row, Mapping):
+            yield ValueError(f"a row is {str(row)[:60]!r}; needed an object.")
+            continue
         if any(row.get(name) not in (value if isinstance(value, tuple) else (value,))
                for name, value in entry.where.items()):  # fmt: skip
             continue
         if table:
-            row = {**row, column: table.get(row.get(shared))}
+            known = row.get(shared)
+            row = {**row, column: table.get(known) if isinstance(known, (str, int)) else None}
         if entry.explode not in row:  # a set that has both forms, or a row of another schema: the family says which
             yield row
             continue
-        for member in row.get(entry.explode) or []:
+        members = row[entry.explode]
+        if not isinstance(members, list) or not all(isinstance(member, Mapping) for member in members):
+            yield Row(row).bad(entry.explode, members, "a list of objects")
+            continue
+        for member in members:
             yield {**{name: value for name, value in row.items() if name != entry.explode}, **member}
 
 
@@ -139,7 +163,7 @@ def _addresses(entry: Entry, name: str, folder: Path) -> dict[str, str]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         return {key: address for key, value in table.items() if (address := _download_address(value))}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no table of addresses ({error}). Download {name} again.") from error
 
 
@@ -173,10 +197,14 @@ def _joined(entry: Entry, piece: Piece) -> tuple[dict[Any, Any], str, str]:
     path = Path(piece.path).with_name(name)
     if not path.is_file():
         raise ValueError(f"{path} is not there: it holds the column {column!r} of {Path(piece.path).name}.")
-    return {row[shared]: row.get(column) for row in _json_lines(path)}, shared, column
+    try:
+        return {row[shared]: row.get(column) for row in _json_lines(path)}, shared, column
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has rows without {shared!r} ({type(error).__name__}: {error}).") from error
 
 
-def _file_rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any]]:
+def _file_rows(piece: Piece, entry: Entry) -> Iterator[Any]:
+    """What stands in the file row by row: objects, if it is sound."""
     path = Path(piece.path)
     try:
         if path.suffix == ".parquet":
@@ -195,7 +223,7 @@ def _file_rows(piece: Piece, entry: Entry) -> Iterator[Mapping[str, Any]]:
             yield from _text_rows(path)
         else:
             raise ValueError("files read: .parquet, .arrow, .json, .jsonl, .csv, .tsv, .txt")
-    except (pa.ArrowException, ValueError, csv.Error) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, csv.Error, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as rows ({error}).") from error
 
 
@@ -235,10 +263,14 @@ def _json_rows(path: Path, within: str) -> Iterator[Mapping[str, Any]]:
         yield from _json_lines(path)  # several sets call their lines .json
         return
     for step in filter(None, within.split(".")):
+        if not isinstance(content, Mapping) or step not in content:
+            raise ValueError(f"it has no {within!r}, where the rows should be.")
         content = content[step]
     if isinstance(content, Mapping):
         content = [{"key": key, **(value if isinstance(value, Mapping) else {"value": value})}
                    for key, value in content.items()]  # fmt: skip
+    if not isinstance(content, list):
+        raise ValueError(f"it holds a {type(content).__name__}; needed a list or an object of rows.")
     yield from content
 
 

@@ -18,6 +18,7 @@ from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Draft, Reference, from_line, to_line
 from megatron_vlm.data.sets.group import trees
 from megatron_vlm.data.sets.resolve import Finder, Missing, resolve
+from megatron_vlm.data.sets.row import LeftOut
 from megatron_vlm.data.sets.source import ForEvaluation, Piece
 from megatron_vlm.data.sets.table import find
 from megatron_vlm.data.writer import ShardWriter
@@ -29,7 +30,7 @@ MAX_BUCKETS = 512
 #: File beside the shards that lists every row and sample that was left out, and why.
 LEFT_OUT = "left_out.jsonl"
 #: Why something is left out, by the error; `unsound` for any other.
-REASONS: dict[type[Exception], str] = {Missing: "missing", ForEvaluation: "evaluation"}
+REASONS: dict[type[ValueError], str] = {Missing: "missing", ForEvaluation: "evaluation", LeftOut: "recipe"}
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,19 @@ def spread(places: Places, unit: Unit, number: int) -> None:
     partial = _fresh(target)
     entry = find(unit.dataset)
     context = source.context(entry, unit.dataset, places.source, find)
-    streams = [(partial / f"{bucket:06d}.jsonl").open("w", encoding="utf-8") for bucket in range(unit.buckets)]
+    streams = [(partial / f"{bucket:06d}.jsonl").open("wb") for bucket in range(unit.buckets)]
     try:
         for place, draft in source.drafts(entry, unit.pieces[number], context):
-            if isinstance(draft, ValueError):
-                fault = {"place": place, "error": str(draft), "evaluation": isinstance(draft, ForEvaluation)}
-                streams[0].write(json.dumps(fault) + "\n")
-            else:
+            bucket = 0
+            try:
+                if isinstance(draft, ValueError):
+                    raise draft
+                line = to_line(draft).encode()
                 digest = hashlib.sha256(draft.identity.encode()).digest()
-                streams[int.from_bytes(digest[:8], "big") % unit.buckets].write(to_line(draft) + "\n")
+                bucket = int.from_bytes(digest[:8], "big") % unit.buckets
+            except ValueError as error:  # of the row, or of a draft that no file can hold
+                line = json.dumps({"place": place, "error": str(error), "reason": _reason(error)}).encode()
+            streams[bucket].write(line + b"\n")
     finally:
         for stream in streams:
             stream.close()
@@ -110,7 +115,8 @@ def _drafts(places: Places, unit: Unit) -> Iterator[tuple[str, Draft | ValueErro
             for line in lines:
                 if line.startswith("{"):
                     fault = json.loads(line)
-                    yield fault["place"], (ForEvaluation if fault["evaluation"] else ValueError)(fault["error"])
+                    kinds = {reason: kind for kind, reason in REASONS.items()}
+                    yield fault["place"], kinds.get(fault["reason"], ValueError)(fault["error"])
                 else:
                     yield "", from_line(line)
 
@@ -124,9 +130,8 @@ def build_unit(places: Places, unit: Unit) -> None:
     finder = Finder(places.source, entry.media_folder(unit.dataset))
     left_out: list[dict[str, str]] = []
 
-    def leave_out(where: str, error: Exception) -> None:
-        reason = REASONS.get(type(error), "unsound")
-        left_out.append({"dataset": unit.dataset, "split": unit.split, "where": where, "reason": reason,
+    def leave_out(where: str, error: ValueError) -> None:
+        left_out.append({"dataset": unit.dataset, "split": unit.split, "where": where, "reason": _reason(error),
                          "error": str(error)})  # fmt: skip
 
     sound: list[Draft] = []
@@ -162,6 +167,10 @@ def build_unit(places: Places, unit: Unit) -> None:
         partial.rename(target)
 
 
+def _reason(error: ValueError) -> str:
+    return REASONS.get(type(error), "unsound")
+
+
 class _Empty(Exception):
     """A unit without a sound sample."""
 
@@ -175,5 +184,6 @@ def _fresh(target: Path) -> Path:
 
 
 def lines(records: list[dict[str, str]]) -> bytes:
-    """Records as JSON, one a line."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    """Records as JSON, one a line. Half of a surrogate pair is written as an escape."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return text.encode(errors="backslashreplace")

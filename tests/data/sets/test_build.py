@@ -164,9 +164,15 @@ def nan(downloads: Path) -> None:
     write(downloads, "pixmo_points_train", [one, *rows("pixmo_points_train")[1:]])
 
 
+def crowd(downloads: Path) -> None:
+    one = {**rows("pixmo_points_train")[0], "points": [{"x": 1.0, "y": 1.0}] * 61}
+    write(downloads, "pixmo_points_train", [one, *rows("pixmo_points_train")[1:]])
+
+
 @pytest.mark.parametrize(
     ("damage", "reason", "words"),
     [
+        (crowd, "recipe", "more than 60 places"),
         (lose, "missing", "is not at"),
         (tear, "unsound", "does not decode"),
         (leave, "unsound", r"point (2.5, 0.01) lies outside the picture"),
@@ -178,7 +184,7 @@ def test_what_cannot_be_used_is_counted_and_named(
 ) -> None:
     damage(downloads)
     out = tmp_path / "out"
-    result = build(["pixmo_points_train"], downloads, out, max_left_out=0.5)
+    result = build(["pixmo_points_train"], downloads, out, max_left_out=0.0 if reason == "recipe" else 0.5)
     assert set(result.left_out["pixmo_points_train"]) == {reason}
     listed = [json.loads(line) for line in (out / units.LEFT_OUT).read_text().splitlines()]
     assert len(listed) == result.left_out["pixmo_points_train"].total()

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from megatron_vlm.data.example import Branch, Clip, Point, Points, Turn
+from megatron_vlm.data.example import Branch, Clip, Point, Points, Turn, to_json
 from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Draft, Reference, from_line, to_line
 from megatron_vlm.data.sets.entry import Entry
 from megatron_vlm.data.sets.group import trees
 from megatron_vlm.data.sets.questions import questions
+from megatron_vlm.data.sets.resolve import resolve
 from megatron_vlm.data.sets.row import Row
 from megatron_vlm.data.sets.source import Context, Piece
-from megatron_vlm.data.sets.table import find
+from megatron_vlm.data.sets.table import TABLE, find
+from tests.data.sets.published import rows
+from tests.data.sets.test_table import add, with_pictures
 
 ROWS = [{"video": f"v{number}", "question": "What?", "answer": "A cat."} for number in range(3)]
 
@@ -45,7 +53,9 @@ def test_json_in_its_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content"), [("rows.parquet", b"PAR1xxxx"), ("rows.json", b"{"),
-                                               ("rows.arrow", b"ARROW1"), ("charades.txt", b"no such line"),
+                                               ("rows.json", b"3"), ("rows.jsonl", b"[" * 100_000),
+                                               ("rows.csv", b"a,b\n\xff,1\n"), ("rows.arrow", b"ARROW1"),
+                                               ("charades.txt", b"no such line"),
                                                ("rows.pickle", b"x")])  # fmt: skip
 def test_files_that_are_none_are_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
@@ -90,14 +100,21 @@ def test_ids_get_their_addresses(tmp_path: Path) -> None:
         ({"video": "v", "question": "x", "answer": "y", "start": "nan", "end": 3}, "a finite number"),
         ({"video": "v", "question": "x", "answer": "y", "subtitles": [{"start": 0, "text": "a"}]}, "column 'end'"),
         ({"image": 3, "question": "x", "answer": "y"}, "bytes, a file name or an address"),
+        ({"video": "v", "question": "x", "answer": ["cat", None]}, r"\['cat', None\]; needed texts"),
+        ({"video": "v", "question": "x", "options": ["a", float("nan")], "answer": 0}, "a text for each option"),
+        ({"video": "v", "question": "half \ud800", "answer": "y"}, "needed a text"),
+        ({"video": "v", "question": "x", "answer": "y", "span": [0, 10**400]}, "not as large"),
+        ({"video": {"a": 1}, "question": "x", "answer": "y"}, "needed a file name"),
+        (["question", "answer"], "needed an object"),
+        ("question", "needed an object"),
     ],
 )
-def test_bad_rows_are_told(tmp_path: Path, row: dict[str, object], message: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+def test_bad_rows_are_told(tmp_path: Path, row: object, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row]))
     entry = Entry(questions, options={"style": "x"})
     ((place, error),) = source.drafts(entry, Piece(str(path), -1, 1), Context())
-    assert place == "rows.jsonl:0:0" and isinstance(error, ValueError)
+    assert place == "rows.json:0:0" and isinstance(error, ValueError)
     with pytest.raises(ValueError, match=message):
         raise error
 
@@ -136,3 +153,57 @@ def test_trees_are_split_at_sixty_places() -> None:
     assert [key.removeprefix(found[0][0]) for key, _ in found] == ["", "-2", "-3"]
     one = list(trees([draft(0, 3), draft(0, 3), draft(1, 3)], chat_share=1.0))
     assert len(one) == 1 and [turn.answer.label for turn in one[0][1].branches[0].turns] == ["cup 0", "cup 1"]  # type: ignore[union-attr]
+
+
+def places(value: object, before: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """Where in a row something stands."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for step, one in inner:
+        yield (*before, step)
+        yield from places(one, (*before, step))
+
+
+def changed(value: Any, place: tuple[Any, ...], new: object) -> Any:
+    """A copy with something else at a place; `...` removes what is there."""
+    if not place:
+        return new
+    copy = value.copy()
+    if new is ... and len(place) == 1:
+        del copy[place[0]]
+    else:
+        copy[place[0]] = changed(value[place[0]], place[1:], new)
+    return copy
+
+
+#: Written for each of them by carelessness: what no text that is trained on may be.
+NO_TEXT = ("None", "nan", "inf", "True", "{", "[", "b'")
+WRONG = st.sampled_from([
+    ..., None, True, -1, 10**400, float("nan"), float("inf"), "", " ", "word", "half \ud800", b"", b"bytes", [], {},
+    [None], [[]], [{}], {"x": None}, {"x": [1], "y": [1, 2]}, [float("nan")], datetime(2024, 1, 1),
+])  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(sorted(TABLE)), data=st.data())
+def test_a_wrong_value_anywhere_is_a_named_fault_or_harmless(name: str, data: st.DataObject) -> None:
+    """Whatever stands in the place of a value of a published row: never another error, never text made of no text."""
+    entry = TABLE[name]
+    row = with_pictures(rows(name)[0], 1)
+    if entry.explode in row:
+        row = {**row, **row.pop(entry.explode)[0]}
+    wrong = changed(row, data.draw(st.sampled_from(sorted(places(row), key=repr))), data.draw(WRONG))
+    found = list(source.read_row(entry, wrong, Context()))
+    drafts = [draft for draft in found if isinstance(draft, Draft)]
+    for error in found:
+        assert isinstance(error, Draft) or str(error)
+    for key, draft in trees(drafts, chat_share=entry.chat_share):
+        try:
+            assert from_line(to_line(draft)) == draft
+            sample = resolve(key, draft, add)
+            to_json(sample).encode()
+        except ValueError:
+            continue
+        for turn in (turn for branch in sample.branches for turn in branch.turns):
+            said = turn.answer if isinstance(turn.answer, str) else turn.answer.label
+            for word in NO_TEXT:
+                assert word not in f"{turn.prompt} {said}" or word in str(row)

@@ -20,6 +20,7 @@ from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Reference
 from megatron_vlm.data.sets.group import trees
 from megatron_vlm.data.sets.resolve import resolve
+from megatron_vlm.data.sets.row import LeftOut
 from megatron_vlm.data.sets.row import Row as SetRow
 from megatron_vlm.data.sets.table import TABLE, find
 from tests.data.sets.published import IMAGE, Row, rows
@@ -97,8 +98,10 @@ def read(folder: Path, name: str) -> list[Example]:
     found = []
     for piece in next(iter(source.splits(entry, name, folder).values())):
         for place, draft in source.drafts(entry, piece, source.Context()):
-            assert not isinstance(draft, ValueError), f"{name} {place}: {draft}"
-            found.append(draft)
+            if isinstance(draft, ValueError):
+                assert isinstance(draft, LeftOut), f"{name} {place}: {draft}"
+            else:
+                found.append(draft)
     return [resolve(key, draft, add) for key, draft in trees(found, chat_share=entry.chat_share)]
 
 
