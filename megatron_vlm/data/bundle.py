@@ -7,17 +7,19 @@ JSON object in one of the forms of formats.py. Further members are left alone, b
 from __future__ import annotations
 
 import hashlib
-import json
+import lzma
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from megatron_vlm.data import formats
 from megatron_vlm.data.example import KEY, Branch, Example, Media, Turn, from_json
 from megatron_vlm.data.image import EXTENSIONS
+from megatron_vlm.data.tar import check_end
 
 CAPTIONS = ("txt", "caption", "cap", "text")
 IMAGES = frozenset((*EXTENSIONS.values(), "jpeg", "tiff"))
@@ -25,6 +27,11 @@ VIDEOS = frozenset(("mp4", "webm", "mkv", "mov", "avi"))
 #: What other readers unpickle, so that it may run anything. Never read here; a sample that has one is refused, because
 #: it is made for such a reader and may be incomplete without it.
 PICKLES = frozenset(("pyd", "pkl", "pickle", "pth", "pt"))
+
+#: Most bytes of one sample's files, all in memory at once: a compressed tar of a few megabytes can hold any number.
+MAX_SAMPLE_BYTES = 4 << 30
+#: Names that webdataset keeps for itself.
+_META = re.compile(r"__[^/]*__($|/)")
 
 
 def read(
@@ -37,26 +44,60 @@ def read(
     for path in tars:
         if not path.is_file():
             raise ValueError(f"{path} is no file; addresses and commands are refused. Download the tar first.")
-    import webdataset  # a second, and torch: only for those who import
+    import webdataset.tariterators  # a second, and torch: only for those who import
 
-    # Absolute paths: webdataset runs names like `pipe:...` as commands.
-    stream = webdataset.WebDataset([str(path.resolve()) for path in tars], shardshuffle=False, empty_check=False)
     used: dict[str, int] = {}
-    for sample in _whole(stream):
-        name = f"{Path(sample['__url__']).name}:{sample['__key__']}"
+    for path in tars:
+        for sample in _whole(path, webdataset.tariterators.group_by_keys(_members(path))):
+            name = f"{path.name}:{sample['__key__']}"
+            try:
+                yield name, _example(sample, used, add_image, add_video)
+            except OSError:
+                raise  # of the disk that media go to
+            except Exception as error:  # a stranger's sample may be anything
+                yield name, error if isinstance(error, ValueError) else ValueError(f"{type(error).__name__}: {error}")
+
+
+def _whole(path: Path, samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The samples of a tar, an error of the tar named."""
+    while True:
         try:
-            yield name, _example(sample, used, add_image, add_video)
-        except ValueError as error:
-            yield name, error
-        except RecursionError:
-            yield name, ValueError("its JSON is nested too deeply.")
+            sample = next(samples, None)
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+            # ValueError: a name twice in one sample
+            raise ValueError(f"{path} cannot be read to its end: {error.args[0] if error.args else error}") from error
+        if sample is None:
+            return
+        yield sample
 
 
-def _whole(stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    try:
-        yield from stream
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:  # ValueError: a name twice in one sample
-        raise ValueError(f"a tar cannot be read to its end: {error.args[0] if error.args else error}") from error
+def _members(path: Path) -> Iterator[dict[str, Any]]:
+    """Files of a tar, compressed or not, as webdataset groups them into samples. In the place of one that must not be
+    read stands why."""
+    key, size = "", 0
+    with tarfile.open(path, "r:*") as tar:
+        end = 0
+        for info in tar:
+            tar.members = []  # type: ignore[attr-defined]  # or each would be kept
+            if info.size < 0:
+                raise ValueError(f"member {info.name!r} has {info.size} bytes: its header is broken")
+            end = tar.offset
+            if info.isdir() or _META.match(info.name):
+                continue
+            folder, _, base = info.name.rpartition("/")
+            stem = f"{folder}/{base.partition('.')[0]}"
+            key, size = stem, info.size + (size if stem == key else 0)
+            data: bytes | ValueError
+            if not info.isreg() or info.issparse():
+                data = ValueError(f"its member {info.name!r} is no regular file: refused.")
+            elif size > MAX_SAMPLE_BYTES:
+                data = ValueError(f"it has more than {MAX_SAMPLE_BYTES} bytes: refused.")
+            else:
+                content = tar.extractfile(info)
+                assert content is not None
+                data = content.read()
+            yield {"fname": info.name, "data": data, "__url__": path.name}
+        check_end(cast(BinaryIO, tar.fileobj), end)
 
 
 def _example(
@@ -65,7 +106,9 @@ def _example(
     add_image: Callable[[bytes], Media],
     add_video: Callable[[bytes], Media],
 ) -> Example:
-    for name in sample:
+    for name, value in sample.items():
+        if isinstance(value, ValueError):
+            raise value
         if name.rpartition(".")[2] in PICKLES:
             raise ValueError(f"its member .{name} is a pickle, which can run code when it is read: refused.")
     media = tuple(
@@ -75,9 +118,7 @@ def _example(
     )
     key = _key(sample["__key__"], used)
     if "json" in sample:
-        record = json.loads(sample["json"])
-        if not isinstance(record, dict):
-            raise ValueError(f"its JSON is a {type(record).__name__}, not an object.")
+        record = formats.parsed(sample["json"])
         if isinstance(record.get("media"), list) and isinstance(record.get("branches"), list):
             return _own(sample["json"].decode(), media)
         caption = next(
@@ -85,6 +126,9 @@ def _example(
         )
         if caption and not {"messages", "conversations", "points", "answer"} & set(record):
             return _captioned(key, caption, media)
+        told = next((sample[name].decode() for name in CAPTIONS if name in sample), "").strip()
+        if told and media and not formats.has_conversation(record):  # facts about the image beside its caption
+            return _captioned(key, told, media)
         record = {name: value for name, value in record.items() if name not in ("key", "image_path", "image_paths")}
         return formats.read_record(record, key=key, media=media)
     caption = next((sample[name].decode() for name in CAPTIONS if name in sample), "")
@@ -125,6 +169,6 @@ def _key(name: str, used: dict[str, int]) -> str:
     key = name.lstrip("./")
     if not KEY.fullmatch(key):
         kept = re.sub(r"[^A-Za-z0-9_-]+", "_", key).strip("_")
-        key = f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        key = f"{kept}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:12]}".lstrip("-")
     used[key] = used.get(key, 0) + 1
     return key if used[key] == 1 else f"{key}-{used[key]}"

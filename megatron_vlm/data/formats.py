@@ -30,6 +30,7 @@ times a second tracks were made: frames are shown at a multiple of it. Other vid
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,24 +72,54 @@ def read_line(
     add_image, add_video: store a file's bytes and give back its name and size.
     Raises ValueError, saying what is wrong with the line or its files.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"this is not JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"a line must be a JSON object, not a {type(record).__name__}.")
+    record = parsed(line)
     store = add_video if "video_path" in record else add_image
     media = []
     for path in _paths(record):
         try:
-            media.append(store(_read(folder / path)))
+            media.append(store(_read(folder, path)))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return read_record(record, key=key, media=tuple(media))
 
 
-def _read(path: Path) -> bytes:
+def parsed(text: str | bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError for anything else, and for one that has a name twice."""
     try:
+        record = json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not JSON ({error}).") from error
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply.") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a line must be a JSON object, not a {type(record).__name__}.")
+    return record
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"{twice!r} stands in it twice. Remove the wrong one.")
+    return record
+
+
+def has_conversation(record: dict[str, Any]) -> bool:
+    """Whether an object says what is said, in one of the forms."""
+    return "branches" in record or any(name in record for name in _FORMS)
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
+    base = os.path.abspath(folder)
+    if os.path.commonpath([base, os.path.abspath(path)]) != base:
+        raise ValueError(
+            f"it lies outside the media folder {folder}. Give --media a folder that holds all files (`--media /` holds "
+            "every absolute name)."
+        )
+    try:
+        if not path.is_file():
+            raise ValueError(f"{path} is {'no regular file' if path.exists() else 'not there'}.")
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
@@ -108,7 +139,10 @@ def read_record(record: dict[str, Any], *, key: str, media: tuple[Media, ...]) -
     info = record.get("info", {})
     if not isinstance(info, dict):
         raise ValueError("info must be an object.")
-    bare = Example(str(record.get("key", key)), (), media, info, read_clip(record, media))
+    named = record.get("key", key)
+    if not isinstance(named, (str, int)) or isinstance(named, bool):
+        raise ValueError(f"key must be a word, not {named!r}.")
+    bare = Example(str(named), (), media, info, read_clip(record, media))
     bare.check_media()
     sample = replace(bare, branches=tuple(_branch(body, bare) for body in bodies))
     sample.check()
@@ -154,7 +188,7 @@ def _branch(body: dict[str, Any], sample: Example) -> Branch:
         else:
             usual = "video_point_track_per_frame"
             answer = read_tracks(body, label, sample.media, sample.seconds, sample.clip)
-        return Branch(style or usual, (Turn(str(body.get("prompt", label)), answer),))
+        return Branch(style or usual, (Turn(_text(body, "prompt") if "prompt" in body else label, answer),))
     default = "user_qa" if sample.media else "text_sft"
     if form == "answer":
         if "question" in body and "prompt" in body:

@@ -14,6 +14,8 @@ UNITS = ("pixels", "percent", "fraction")
 CLIP_KEYS = ("start", "end", "rate", "subtitles")
 #: Tracks must lie so close to the frames that are shown for them, in seconds.
 GRID_SLACK = 0.051
+#: Most times a second that tracks can have been made.
+MAX_RATE = 1000
 
 
 def read_clip(record: dict[str, Any], media: tuple[Media, ...]) -> Clip | None:
@@ -27,7 +29,7 @@ def read_clip(record: dict[str, Any], media: tuple[Media, ...]) -> Clip | None:
     for name, value in (("start", start), ("end", end)):
         if value is not None and not _is_number(value):
             raise ValueError(f"{name} must be a time in seconds, not {value!r}.")
-    if type(rate) is not int or rate < 0:
+    if type(rate) is not int or not 0 <= rate <= MAX_RATE:
         raise ValueError(f"rate must be a whole number, how many times a second the tracks were made, not {rate!r}.")
     lines = record.get("subtitles", [])
     sound = isinstance(lines, list) and all(
@@ -109,4 +111,5 @@ def _is_video(media: tuple[Media, ...]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
+    """Any float, as NaN is told of later; no integer that is too large for one."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

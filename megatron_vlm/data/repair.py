@@ -71,7 +71,9 @@ def _add(row: dict[str, Any], dataset: str, split: str, found: dict[str, _Place]
             if _stored(found[media.key], media, writer) != media:
                 return f"media {media.key} has another size than the record says"
         writer.add(example, dataset, split)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError:
+        raise  # of the new directory
+    except Exception as error:  # a stranger's record may be anything
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -124,9 +126,11 @@ def _members(directory: Path) -> Iterator[tuple[str, _Place]]:
         try:
             with tarfile.open(path, mode="r:") as tar:
                 for info in tar:
+                    if info.size < 0:
+                        break  # the next header would be before this one
                     if info.isreg() and info.offset_data + info.size <= size:
                         yield split_name(info.name)[0], _Place(path, info.offset_data, info.size)
-        except (tarfile.TarError, ValueError, EOFError):
+        except (tarfile.TarError, ValueError, EOFError, OSError):
             continue
 
 

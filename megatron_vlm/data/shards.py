@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from megatron_vlm.data.example import NAME, Example, from_json
 from megatron_vlm.data.timeline import Timeline
-from megatron_vlm.data.writer import FORMAT, TIMELINE
+from megatron_vlm.data.writer import FORMAT, MEDIA_SCHEMA, SAMPLE_SCHEMA, TIMELINE
 
 BUILD = "Build it with tools/build_shards.py, or set data.manifest=sample."
 
@@ -45,13 +45,17 @@ class Shards:
         try:
             self.manifest: dict[str, Any] = json.loads(data)
             found = self.manifest["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a manifest ({error!r}). {BUILD}") from error
         if found != FORMAT:
             raise ValueError(f"{path} has format {found}, this version reads {FORMAT}. Build the shards anew.")
-        self._check_files()
         self._samples: dict[tuple[str, str], _Samples] = {}
-        self._open_media()
+        self._descriptors: dict[int, int] = {}
+        try:
+            self._check_files()
+            self._open_media()
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is not of the form of a manifest ({error!r}). {BUILD}") from error
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -107,6 +111,11 @@ class Shards:
         shard = self.manifest["media"]["shards"][int(self._media_shard[row])]
         return shard, f"{self._media_size[row]} bytes at offset {self._media_offset[row]}"
 
+    def size(self, key: str) -> tuple[int, int]:
+        """Width and height of a stored file in pixels as displayed, by the index."""
+        row = self._media_row(key)
+        return self._media_table.column("width")[row].as_py(), self._media_table.column("height")[row].as_py()
+
     @property
     def has_videos(self) -> bool:
         """Some stored file is a video."""
@@ -137,6 +146,7 @@ class Shards:
 
     def _check_files(self) -> None:
         for name, entry in self.manifest["files"].items():
+            entry["sha256"].encode()  # verify reads it
             parts = name.split("/")
             if not all(NAME.fullmatch(part.replace(".", "-")) and not part.startswith(".") for part in parts):
                 raise ValueError(f"{self.directory}/manifest.json names a file {name!r}, which is refused.")
@@ -153,15 +163,18 @@ class Shards:
                     "Copy it again or build anew."
                 )
         needed = [f"samples/{name}.{split}.arrow" for name, all in self.manifest["datasets"].items() for split in all]
+        if any(int(one["samples"]) < 0 for all in self.manifest["datasets"].values() for one in all.values()):
+            raise ValueError(f"{self.directory}/manifest.json says that a split has fewer samples than none.")
         for name in ("media.arrow", *self.manifest["media"]["shards"], *needed):
             if name not in self.manifest["files"]:
                 raise ValueError(f"{self.directory}/manifest.json needs {name!r} but does not list it among its files.")
 
     def _open_media(self) -> None:
-        table = _mapped(self.directory / "media.arrow")
+        table = _mapped(self.directory / "media.arrow", MEDIA_SCHEMA)
         count = self.manifest["media"]["count"]
         if table.num_rows != count:
             raise ValueError(f"{self.directory}/media.arrow lists {table.num_rows} files, the manifest {count}.")
+        self._media_table = table
         keys = table.column("key").combine_chunks()
         data = keys.chunk(0).buffers()[1] if isinstance(keys, pa.ChunkedArray) else keys.buffers()[1]
         # S32 compares as 32 raw bytes: all keys have the full length.
@@ -176,7 +189,7 @@ class Shards:
             known = (self._media_shard >= 0) & (self._media_shard < len(shards))
             ends = sizes[np.where(known, self._media_shard, 0)] if len(shards) else np.zeros(count, dtype=np.int64)
             fits = known & (self._media_offset >= 0) & (self._media_size >= 0)
-            fits &= self._media_offset + self._media_size <= ends
+            fits &= self._media_size <= ends - np.minimum(self._media_offset, ends)  # their sum may be too large
             if not fits.all():
                 bad = int(np.flatnonzero(~fits)[0])
                 raise ValueError(
@@ -184,7 +197,6 @@ class Shards:
                     f"{self._media_offset[bad]} + {self._media_size[bad]} bytes lies outside shard "
                     f"{self._media_shard[bad]}. Build the shards anew."
                 )
-        self._descriptors: dict[int, int] = {}
         # Elements of a memoryview are Python's integers, in a third of the time that numpy's take.
         self._media_place = [memoryview(column) for column in (self._media_shard, self._media_offset, self._media_size)]
         self._media_bytes = memoryview(data if count else b"").cast("B")
@@ -228,7 +240,7 @@ class _Samples:
 
     def __init__(self, path: Path, count: int) -> None:
         self._path = path
-        table = _mapped(path)
+        table = _mapped(path, SAMPLE_SCHEMA)
         if table.num_rows != count:
             raise ValueError(f"{path} holds {table.num_rows} samples, the manifest says {count}. Build anew.")
         self._keys = table.column("key")
@@ -239,7 +251,12 @@ class _Samples:
         record = self._records[index].as_py()
         if zlib.crc32(record.encode()) != self._checksums[index]:
             raise ValueError(f"{self._path}, sample {index}: the record does not fit its checksum. Build anew.")
-        return from_json(record)
+        try:
+            return from_json(record)
+        except Exception as error:  # a stranger's record may be anything
+            raise ValueError(
+                f"{self._path}, sample {index}: the record is no sample ({type(error).__name__}: {error}). Build anew."
+            ) from error
 
     def keys(self) -> list[str]:
         return self._keys.to_pylist()
@@ -251,8 +268,15 @@ class _Samples:
             return f"sample_{index}"
 
 
-def _mapped(path: Path) -> pa.Table:
+def _mapped(path: Path, schema: pa.Schema) -> pa.Table:
+    """The table of a file that has the columns of `schema`, each value there."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except pa.ArrowInvalid as error:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a whole Arrow file ({error}). Build the shards anew.") from error
+    for field in schema:
+        found = table.schema.field(field.name).type if table.schema.names.count(field.name) == 1 else "not there once"
+        if found != field.type or table.column(field.name).null_count:
+            needed = f"{field.type} in every row"
+            raise ValueError(f"{path}: column {field.name!r} is {found}; needed {needed}. Build the shards anew.")
+    return table

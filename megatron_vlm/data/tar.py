@@ -10,7 +10,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -84,19 +84,34 @@ def index_tar(path: Path) -> list[Member]:
                     raise ValueError(f"member {info.name!r} stands in it twice.")
                 seen.add(name)
                 members.append(member)
-        # tarfile takes half a header for the end of the tar; two blocks of zeros are the real one.
-        end = members[-1].offset + members[-1].size if members else 0
-        end += -end % tarfile.BLOCKSIZE
-        if size < end + 2 * tarfile.BLOCKSIZE:
-            raise ValueError(f"it stops at byte {size} without an end mark: the shard is cut. Copy it again.")
-    except (tarfile.TarError, EOFError) as error:
+            end = members[-1].offset + members[-1].size if members else 0
+            check_end(cast(BinaryIO, tar.fileobj), end + -end % tarfile.BLOCKSIZE)
+    except (tarfile.TarError, EOFError, OSError) as error:  # OSError: a size that leads before the file's beginning
         raise ValueError(f"{path} is not a whole tar ({error}). Copy it again or build the shards anew.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return members
 
 
+def check_end(stream: BinaryIO, end: int) -> None:
+    """Raise ValueError where a tar does not end at byte `end` as tars do: with two blocks of zeros or more, and nothing
+    else. tarfile takes half a header, and a broken one, for the end, and passes over what comes later."""
+    stream.seek(end)
+    left = 0
+    while data := stream.read(1 << 20):  # to its end, so that a compressed one checks its own checksum
+        if data.strip(b"\0"):
+            raise ValueError(
+                f"it goes on behind the end of its last member at byte {end}: several tars in one file, or a header "
+                "that is cut or broken. Copy it again, or split it."
+            )
+        left += len(data)
+    if left < 2 * tarfile.BLOCKSIZE:
+        raise ValueError(f"it stops at byte {end + left} without an end mark: the shard is cut. Copy it again.")
+
+
 def _checked(info: tarfile.TarInfo, file_size: int) -> Member:
+    if info.size < 0:
+        raise ValueError(f"member {info.name!r} has {info.size} bytes: its header is broken.")
     if not info.isreg() or info.issparse():
         raise ValueError(f"member {info.name!r} is not a regular file (tar type {info.type!r}).")
     if info.offset_data + info.size > file_size:
@@ -112,11 +127,6 @@ def write_offsets(path: Path, members: list[Member], end: int) -> None:
     """The `.tar.idx` beside a tar: little-endian uint64 header offset of each sample (members with one key), then the
     offset of the end. The form that Megatron-Energon reads too."""
     np.asarray([*_sample_headers(members), end], dtype="<u8").tofile(path)
-
-
-def read_offsets(path: Path) -> np.ndarray:
-    """(samples + 1,) uint64: what `write_offsets` wrote."""
-    return np.fromfile(path, dtype="<u8")
 
 
 def _sample_headers(members: list[Member]) -> Iterator[int]:

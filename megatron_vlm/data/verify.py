@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from tarfile import BLOCKSIZE
 
 import numpy as np
 
-from megatron_vlm.data import video
+from megatron_vlm.data import image, video
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tar import index_tar, read_offsets
+from megatron_vlm.data.tar import Member, index_tar
 from megatron_vlm.data.writer import file_sha256
 
 
@@ -49,11 +50,21 @@ def _media(shards: Shards) -> Iterator[str]:
                 file.seek(member.offset)
                 if fault := _fault(shards, member.key, file.read(member.size)):
                     yield f"{name}: {member.key} at offset {member.offset}: {fault}"
-        headers = [member.header for member in members]
-        if not np.array_equal(read_offsets(path.with_name(path.name + ".idx"))[:-1], np.asarray(headers, dtype="<u8")):
-            yield f"{name}.idx: its offsets are not the tar's."
+        if fault := _offsets_fault(path, members):
+            yield f"{name}.idx: {fault}"
     if listed != shards.manifest["media"]["count"]:
         yield f"the tars hold {listed} files, the manifest says {shards.manifest['media']['count']}."
+
+
+def _offsets_fault(path: Path, members: list[Member]) -> str:
+    """Why the offsets beside a tar are not its own; "" where they are."""
+    end = members[-1].offset + members[-1].size if members else 0
+    wanted = [*(member.header for member in members), end + -end % BLOCKSIZE]
+    try:
+        found = path.with_name(path.name + ".idx").read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})."
+    return "" if found == np.asarray(wanted, dtype="<u8").tobytes() else "its offsets are not the tar's."
 
 
 def _fault(shards: Shards, key: str, data: bytes) -> str:
@@ -65,18 +76,23 @@ def _fault(shards: Shards, key: str, data: bytes) -> str:
             return "the index points elsewhere."
     except ValueError:
         return "the index does not lead to it."
-    return _timeline_fault(shards, key, data)
-
-
-def _timeline_fault(shards: Shards, key: str, data: bytes) -> str:
-    """Why the index does not fit a video; "" where it does, and for an image."""
-    if not shards.is_video(key):
-        return ""
     try:
-        found = video.scan(data, name=key).timeline
+        return _header_fault(shards, key, data)
     except ValueError as error:
         return str(error)
-    return "" if shards.timeline(key).pack() == found.pack() else "its frames are not shown when the index says."
+
+
+def _header_fault(shards: Shards, key: str, data: bytes) -> str:
+    """Why the index does not fit an image or a video; "" where it does. Raises ValueError where it is none."""
+    found: image.Header | video.Scan
+    if shards.is_video(key):
+        found = video.scan(data, name=key)
+        if shards.timeline(key).pack() != found.timeline.pack():
+            return "its frames are not shown when the index says."
+    else:
+        found = image.probe(data, name=key)
+    size = shards.size(key)
+    return "" if (found.width, found.height) == size else f"it has {found.width}x{found.height} pixels, not {size}."
 
 
 def _samples(shards: Shards) -> Iterator[str]:
@@ -89,6 +105,8 @@ def _samples(shards: Shards) -> Iterator[str]:
                     example.check()
                     for media in example.media:
                         shards.media(media.key)
+                        if (media.width, media.height) != shards.size(media.key):
+                            raise ValueError(f"sample {example.key!r}: {media.key} has another size than it says.")
                 except ValueError as error:
                     yield f"{dataset}.{split}: {error}"
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -85,9 +86,12 @@ def test_tars_made_elsewhere_are_read(tmp_path: Path) -> None:
         "003.jpg": image(3), "003.json": json.dumps(asked).encode(),
         "004.json": json.dumps({"text": "Only text."}).encode(),
         "005.mp4": clip(steady(6)), "005.txt": b"A film.",
+        "006.jpg": image(4), "006.txt": b"Told beside facts.", "006.json": b'{"url": "x", "width": 640}',
+        "\udcff.jpg": image(5), "\udcff.txt": b"A name that is not UTF-8.",
     })  # fmt: skip
     samples, faults = read(path, tmp_path=tmp_path)
-    assert not faults and len(samples) == 6
+    assert not faults and len(samples) == 8
+    assert samples["006"].branches[0].turns[0].answer == "Told beside facts."
     assert samples["000"].branches[0].turns[0].answer == "A caption."
     assert samples["001"].branches[0].turns[0].answer == "Another."
     (third,) = [sample for key, sample in samples.items() if key.startswith("dir_my_photo")]
@@ -127,6 +131,21 @@ def test_compressed_shards_are_read(tmp_path: Path) -> None:
         sink.write({"__key__": "a", "png": np.zeros((6, 8, 3), np.uint8), "txt": "A caption."})
     samples, faults = read(tmp_path / "a.tar.gz", tmp_path=tmp_path)
     assert set(samples) == {"a"} and not faults
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "a.tar.gz").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cut.tar.gz cannot be read to its end"):
+        read(tmp_path / "cut.tar.gz", tmp_path=tmp_path)
+
+
+def test_a_sample_too_large_for_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compressed tar of some kilobytes can hold a file, or many of one sample, of any size."""
+    monkeypatch.setattr(bundle, "MAX_SAMPLE_BYTES", 100_000)
+    path = tmp_path / "bomb.tar.gz"
+    plain = foreign(tmp_path, {"a.jpg": bytes(10**6), "a.txt": b"x", "b.0.jpg": bytes(60_000), "b.1.jpg": bytes(60_000),
+                               "b.json": b'{"text": "x"}', "c.png": image(0), "c.txt": b"Good."})  # fmt: skip
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    samples, faults = read(path, tmp_path=tmp_path)
+    assert set(samples) == {"c"} and len(faults) == 2
+    assert all("more than 100000 bytes: refused" in words for words in faults.values())
 
 
 class Harm:
@@ -169,7 +188,7 @@ def test_links_in_a_tar_are_left_alone(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(image(0)))
     samples, faults = read(path, tmp_path=tmp_path)
     assert not samples and len(faults) == 2
-    assert all("it has png; needed" in words for words in faults.values())
+    assert all("is no regular file: refused" in words for words in faults.values())
 
 
 def test_a_name_twice_in_a_sample_is_an_error(tmp_path: Path) -> None:
@@ -183,14 +202,19 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         "a.jpg": image(0), "b.jpg": b"no picture", "b.txt": b"x", "c.jpg": image(1), "c.json": b"{broken",
         "d.jpg": image(2), "d.txt": b"Good.", "e.json": b"[1]", "f.jpg": image(3), "f.json": b'{"width": 3}',
         "g.json": json.dumps({"media": [["0" * 64, 1, 1, "image"]], "branches": [], "key": "g"}).encode(),
-        "h.json": b'{"text":' + b"[" * 100_000,
+        "h.json": b'{"text":' + b"[" * 100_000, "i.json": b'{"text": "one", "text": "two"}',
+        "j.mp4": b"", "j.txt": b"x",
+        "k.one.jpg": image(4), "k.one.txt": b"A key with a dot: webdataset's ends at the first.",
+        "l.json": b'{"text": "half \\ud800"}', "m.jpg": b"", "m.txt": b"x",
+        "n.json": b'{"key": "n", "media": [], "branches": [{"style": 3, "turns": [[]]}]}',
+        "o.txt": b"\xff", "o.jpg": image(5),
     })  # fmt: skip
     samples, faults = read(path, tmp_path=tmp_path)
-    assert set(samples) == {"d"}
-    assert {name.partition(":")[2]: words for name, words in faults.items()}.keys() == set("abcefgh")
+    assert set(samples) == {"d", "l"}, "l cannot be written, which the writer tells"
+    assert {name.partition(":")[2]: words for name, words in faults.items()}.keys() == set("abcefghijkmno")
     words = " ".join(faults.values())
-    for part in ("needed a JSON object, or an image", "no readable header", "not an object", "its media are not those",
-                 "nested too deeply"):  # fmt: skip
+    for part in ("needed a JSON object, or an image", "no readable header", "not a list", "its media are not those",
+                 "nested too deeply", "'text' stands in it twice", "it has one.jpg, one.txt"):  # fmt: skip
         assert part in words
 
 

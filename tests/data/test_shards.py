@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 
@@ -15,6 +17,7 @@ from megatron_vlm.data.example import Branch, Example, Media, Turn
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.verify import verify
 from megatron_vlm.data.writer import ShardWriter
+from tests.data.damage import rewrite
 from tests.data.world import picture
 
 
@@ -221,6 +224,103 @@ def test_manifest_and_files_must_agree(copied):
     (copied / "manifest.json").write_text("[]")
     with pytest.raises(ValueError, match="not a manifest"):
         Shards(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.pop("files"),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest["files"].update({"media.arrow": 3}),
+        lambda manifest: manifest["files"]["media.arrow"].pop("sha256"),
+        lambda manifest: manifest.update(datasets=["text"]),
+        lambda manifest: manifest["datasets"]["text"].update(train={}),
+        lambda manifest: manifest["datasets"]["text"]["train"].update(samples=-1),
+        lambda manifest: manifest["datasets"].update({"../../etc": {"passwd": {"samples": 1}}}),
+        lambda manifest: manifest.update(media={"shards": None, "count": 225}),
+        lambda manifest: manifest["media"]["shards"].append("../../etc/passwd"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(copied, change):
+    edit(copied, change)
+    with pytest.raises(ValueError, match="manifest.json"):
+        Shards(copied)
+
+
+def test_manifest_nested_too_deeply(copied):
+    (copied / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not a manifest"):
+        Shards(copied)
+
+
+def column(name, *values):
+    """A change of a table: another column, with these values first."""
+
+    def change(table):
+        kept = table.column(name).to_pylist()
+        array = pa.array([*values, *kept[len(values) :]], type=table.schema.field(name).type)
+        return table.set_column(table.column_names.index(name), name, array)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (column("offset", -512), "lies outside shard"),
+        (column("offset", 2**62), "lies outside shard"),
+        (column("size", 2**63 - 1), "lies outside shard"),  # offset + size is below zero in 64 bits
+        (column("shard", -1), "lies outside shard"),
+        (column("shard", 99), "lies outside shard"),
+        (column("size", None), "needed int64 in every row"),
+        (lambda table: table.drop_columns(["size"]), "'size' is not there once"),
+        (lambda table: table.set_column(0, "key", pa.array(["x"] * len(table))), "'key' is string"),
+    ],
+)
+def test_an_index_that_lies_is_refused(copied, change, message):
+    rewrite(copied, "media.arrow", change)
+    with pytest.raises(ValueError, match=message):
+        Shards(copied)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"key": 3, "media": [[]], "branches": []}',
+        '{"key": "t", "media": [], "branches": [{"style": "x", "turns": [[1]]}]}',
+    ],
+)
+def test_a_record_that_is_no_sample_is_named(copied, record):
+    """With the right checksum: a stranger's, not a damaged one."""
+
+    def change(table):
+        checksum = pa.array([zlib.crc32(record.encode())], type=pa.uint32())
+        return table.set_column(1, "record", pa.array([record])).set_column(2, "checksum", checksum)
+
+    rewrite(copied, "samples/text.train.arrow", change)
+    with pytest.raises(ValueError, match="text.train.arrow, sample 0: the record is no sample"):
+        Shards(copied).example("text", "train", 0)
+    assert any("the record is no sample" in fault for fault in verify(copied))
+
+
+def test_a_size_that_is_not_the_files_is_told(copied):
+    """The crops of a sample are planned by it."""
+    rewrite(copied, "media.arrow", column("width", 900))
+    faults = verify(copied)
+    assert any("it has 8x9 pixels, not (900, 9)" in fault for fault in faults)
+    assert any("has another size than it says" in fault for fault in faults)
+
+
+def test_offsets_beside_a_tar_that_lie_are_told(copied):
+    name = "media/000000.tar.idx"
+    offsets = np.fromfile(copied / name, dtype="<i8")
+    offsets[1], offsets[-1] = -512, 2**62
+    offsets.tofile(copied / name)
+    assert f"{name}: its offsets are not the tar's." in verify(copied)
 
 
 def test_an_index_outside_its_shard_is_refused(copied):

@@ -6,7 +6,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from megatron_vlm.data.tar import add_member, end_tar, index_tar, read_offsets, split_name, tar_bytes, write_offsets
+from megatron_vlm.data import bundle, repair
+from megatron_vlm.data.example import Media
+from megatron_vlm.data.tar import add_member, end_tar, index_tar, split_name, tar_bytes, write_offsets
 
 
 def stranger(path, *members: tarfile.TarInfo, data: bytes = b"x" * 700):
@@ -42,7 +44,7 @@ def test_offsets_are_those_of_samples(tmp_path):
             members.append(add_member(stream, name, b"z" * 600))
         end = end_tar(stream)
     write_offsets(tmp_path / "x.tar.idx", members, end)
-    assert read_offsets(tmp_path / "x.tar.idx").tolist() == [0, members[3].header, end]
+    assert np.fromfile(tmp_path / "x.tar.idx", dtype="<u8").tolist() == [0, members[3].header, end]
     assert (tmp_path / "x.tar.idx").stat().st_size == 24
     assert index_tar(path) == members
 
@@ -95,3 +97,35 @@ def test_links_to_tars_are_refused(tmp_path):
 def test_equal_content_gives_equal_bytes():
     assert tar_bytes({"a.jpg": b"1"}) == tar_bytes({"a.jpg": b"1"})
     assert np.frombuffer(tar_bytes({"a.jpg": b"1"}), dtype=np.uint8).size % 512 == 0
+
+
+def with_size(data: bytes, size: int) -> bytes:
+    """The tar whose first member claims another size, as base-256 numbers can."""
+    header = bytearray(data[:512])
+    header[124:136] = (size % 2**96).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data[512:]
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -(2**40)])
+def test_a_size_below_zero_leads_nobody_in_circles(tmp_path, size):
+    path = tmp_path / "media" / "x.tar"
+    path.parent.mkdir()
+    path.write_bytes(with_size(tar_bytes({"a.jpg": b"x" * 600, "b.jpg": b"y"}), size))
+    with pytest.raises(ValueError, match="x.tar"):
+        index_tar(path)
+    with pytest.raises(ValueError, match="x.tar cannot be read to its end"):
+        list(bundle.read([path], lambda _: Media("", 1, 1), lambda _: Media("", 1, 1)))
+    assert list(repair._members(tmp_path)) == []
+
+
+def test_tars_joined_in_one_file_are_told(tmp_path):
+    """A reader stops at the first end mark: what comes behind it would be lost in silence."""
+    (path := tmp_path / "x.tar").write_bytes(tar_bytes({"a.jpg": b"x"}) + tar_bytes({"b.jpg": b"y"}))
+    with pytest.raises(ValueError, match="goes on behind the end of its last member at byte 1024"):
+        index_tar(path)
+    with pytest.raises(ValueError, match="x.tar cannot be read to its end: it goes on"):
+        list(bundle.read([path], lambda _: Media("", 1, 1), lambda _: Media("", 1, 1)))
+    path.write_bytes(tar_bytes({"a.jpg": b"x"}) + bytes(10240))  # as GNU tar fills it up
+    assert len(index_tar(path)) == 1

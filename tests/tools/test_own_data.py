@@ -115,6 +115,20 @@ def test_a_share_that_holds_nothing_out_is_told(folder: Path, capsys: pytest.Cap
         ({"messages": [{"role": "user", "content": "x"}]}, "ends with the assistant"),
         ({"prompt": "a", "answer": "b", "key": "bad key!"}, "bad key!"),
         ({"prompt": "a", "answer": "b", "key": "same"}, "used twice"),
+        ({"prompt": "a", "answer": "b", "key": None}, "key must be a word, not None"),
+        ({"image_path": "../red.png", "caption": "x"}, "lies outside the media folder"),
+        ({"image_path": "/etc/passwd", "caption": "x"}, "lies outside the media folder"),
+        ({"image_path": "pipe", "caption": "x"}, "pipe is no regular file"),
+        ({"image_path": "empty.png", "caption": "x"}, "no readable header"),
+        ({"video_path": "empty.png", "caption": "x"}, "no container that is read"),
+        ({"image_path": "a" * 5000, "caption": "x"}, "cannot be read|is not there"),
+        ({"image_path": "red.png", "label": "a", "points": [[10**400, 3]]}, "must be"),
+        ({"image_path": "red.png", "label": "a", "points": [], "prompt": None}, "prompt must be a text, not None"),
+        ('{"prompt": "a", "answer": "b", "answer": "c"}', "'answer' stands in it twice"),
+        ('{"text": "x", "info": {"n": NaN}}', "not JSON compliant"),
+        ('{"text": "half \\ud800"}', "surrogates not allowed"),
+        ('{"text": ' + "[" * 100_000, "nested too deeply"),
+        ('{"text": ' + "9" * 5000 + "}", "4300 digits"),
     ],
 )
 def test_bad_line_is_named_and_nothing_is_written(
@@ -122,6 +136,8 @@ def test_bad_line_is_named_and_nothing_is_written(
 ) -> None:
     torn = (folder / "red.png").read_bytes()
     (folder / "torn.png").write_bytes(torn[: len(torn) - 30])
+    (folder / "empty.png").touch()
+    os.mkfifo(folder / "pipe")
     write(folder, {"prompt": "a", "answer": "b", "key": "same"}, line)
     before = sorted(folder.iterdir())
     with pytest.raises(SystemExit, match=message) as stop:
