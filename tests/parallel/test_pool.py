@@ -90,5 +90,5 @@ def test_processes_hear_signals_where_the_deaf_workers_of_the_data_have_started_
         one = Pool(1)
         print(one.run(blocked))
         one.close()"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.stdout == "[set()]\n", ended.stderr
