@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 1 << 16
 #: Longest wait that a server may ask for.
 _MAX_WAIT_S = 60.0
+#: Addresses under which a gateway shows the whole of IPv4, private networks too (RFC 6052).
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 AGENT = "megatron-vlm-download/1.0"
 
 
@@ -77,8 +80,8 @@ class Fetcher:
         self._proxied = bool(proxy)
         settings: dict[str, Any] = {"maxsize": connections, "block": False, "headers": {"User-Agent": AGENT}}
         self._pool = urllib3.ProxyManager(proxy, **settings) if proxy else urllib3.PoolManager(**settings)
-        if not limits.allow_private and not proxy:
-            self._pool.pool_classes_by_scheme = {"http": _GuardedPool, "https": _GuardedSecurePool}
+        guarded = not limits.allow_private and not proxy
+        self._pool.pool_classes_by_scheme = {scheme: _pool(scheme, guarded=guarded) for scheme in ("http", "https")}
         self._next: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -223,7 +226,9 @@ def _checked(response: BaseHTTPResponse, part: Path, tag: Path) -> BaseHTTPRespo
 
 
 def _check_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
-    inner = getattr(address, "ipv4_mapped", None) or address
+    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+    if isinstance(inner, ipaddress.IPv6Address) and inner in _TRANSLATED:
+        inner = ipaddress.IPv4Address(int(inner) & 0xFFFFFFFF)
     if not inner.is_global or inner.is_multicast:
         raise Refused(f"address {address} is private, local or reserved: refused. --allow-private-addresses allows it.")
 
@@ -237,22 +242,50 @@ def _checked_peer(connection: socket.socket) -> socket.socket:
     return connection
 
 
-class _GuardedConnection(HTTPConnection):
+class _Timed:
+    """A connection whose headers must all come within the time for a stall: urllib3 waits so long for each byte."""
+
+    def getresponse(self) -> Any:
+        waiting = threading.Timer(self.timeout, _end, (self.sock,))  # type: ignore[attr-defined]
+        waiting.daemon = True
+        waiting.start()
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            waiting.cancel()
+
+
+def _end(connection: socket.socket) -> None:
+    """End a connection that another thread waits for, under its encryption."""
+    with suppress(OSError):  # it ended by itself
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+class _Connection(_Timed, HTTPConnection):
+    pass
+
+
+class _SecureConnection(_Timed, HTTPSConnection):
+    pass
+
+
+class _GuardedConnection(_Connection):
     def _new_conn(self) -> socket.socket:
         return _checked_peer(super()._new_conn())
 
 
-class _GuardedSecureConnection(HTTPSConnection):
+class _GuardedSecureConnection(_SecureConnection):
     def _new_conn(self) -> socket.socket:
         return _checked_peer(super()._new_conn())
 
 
-class _GuardedPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _GuardedConnection
-
-
-class _GuardedSecurePool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _GuardedSecureConnection
+def _pool(scheme: str, *, guarded: bool) -> type[urllib3.HTTPConnectionPool]:
+    """The kind of pool for a scheme."""
+    if scheme == "http":
+        kind = _GuardedConnection if guarded else _Connection
+        return type("_Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": kind})
+    secure = _GuardedSecureConnection if guarded else _SecureConnection
+    return type("_SecurePool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": secure})
 
 
 def _size(path: Path) -> int:

@@ -223,11 +223,11 @@ def _decoded(container: Any, stream: Any, clock: _Clock) -> Iterator[Any]:
             return
         if packet is None:
             return
+        clock.check()  # also where one packet after the other does not decode
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
             continue
-        clock.check()
         yield from frames
 
 

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -145,6 +146,25 @@ def test_a_server_that_drips_does_not_hold_us(server: Server, tmp_path: Path) ->
     assert time.monotonic() - start < 1.5
 
 
+def test_headers_that_drip_do_not_hold_us(server: Server, tmp_path: Path) -> None:
+    """Each byte within the time for a stall; the answer's first line would take ten seconds."""
+
+    sent = []
+
+    def drip(handler: BaseHTTPRequestHandler, _: int) -> None:
+        with suppress(OSError):
+            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 80:
+                handler.wfile.write(bytes([byte]))
+                handler.wfile.flush()
+                sent.append(byte)
+                time.sleep(0.1)
+        handler.close_connection = True
+
+    with pytest.raises(Later):
+        fetch(server, tmp_path / "file", drip, attempts=1, stall_s=0.3)
+    assert len(sent) < 80
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_too_large_a_file_is_refused(server: Server, tmp_path: Path, told: bool) -> None:
     def large(handler: BaseHTTPRequestHandler, _: int) -> None:
@@ -197,8 +217,11 @@ def test_this_machine_is_not_asked_unless_allowed(server: Server, tmp_path: Path
     assert not server.requests
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "fe80::1", "fc00::1",
-                                     "::ffff:10.0.0.1", "100.64.0.1", "224.0.0.1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "address",
+    ["10.0.0.1", "192.168.1.1", "172.16.0.1", "169.254.169.254", "fe80::1", "fc00::1", "::ffff:10.0.0.1", "100.64.0.1",
+     "224.0.0.1", "64:ff9b::10.0.0.1", "2002:a00:1::"],
+)  # fmt: skip
 def test_private_addresses_are_known(address: str) -> None:
     with pytest.raises(Refused, match="refused"):
         _check_public(ipaddress.ip_address(address))

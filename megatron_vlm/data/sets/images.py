@@ -100,6 +100,7 @@ CAPTIONS_AND_TALK = {
         hub="allenai/tulu-3-sft-mixture",
         one_tree=False,
         options={"style": "text_sft", "with_media": False},
+        verified="card",
     ),
     "molmo2_hardcodes": Entry(fixed_answers, hub="allenai/molmo2-hardcodes", one_tree=False, verified="reader"),
     # For evaluation only, as in Molmo2: no released mixture trains on clocks.
@@ -167,14 +168,14 @@ ACADEMIC = {
         validation="",
         unverified=ANSWERS,
     ),
-    # 7,398 questions by people, 20,901 by a program: weighted so that either half of them counts as much.
+    # 7,398 questions by people (0), 20,901 by a program (1): weighted so that either half of them counts as much.
     "chart_qa_weighted": Entry(
         questions,
         hub="HuggingFaceM4/ChartQA",
         splits=TRAIN_VAL,
         columns={"question": "query", "answer": "label", "kind": "human_or_machine"},
         options={"style": "chart_qa", "weights": {0: 2 * 20_901 / 28_299, 1: 2 * 7_398 / 28_299}},
-        verified="reader",
+        verified="reader, card",
     ),
     "doc_qa": Entry(
         questions,
@@ -226,6 +227,7 @@ ACADEMIC = {
         files=("problems_{split}.json",),
         options={"style": "tabwmp_da", "path": "tables/{key}.png"},
         by_hand="TabMWP from https://github.com/lupantech/PromptPG",
+        verified="program",
     ),
     "dv_qa": Entry(
         questions,
@@ -233,6 +235,7 @@ ACADEMIC = {
         columns={"image_path": "image", "image": "-"},
         options={"style": "dv_qa"},
         by_hand="DVQA from https://github.com/kushalkafle/DVQA_dataset",
+        verified="program",
     ),
     "figure_qa": Entry(
         questions,
@@ -256,6 +259,7 @@ ACADEMIC = {
         splits=TRAIN_VAL,
         options={"style": "gqa", "path": "images/{imageId}.jpg"},
         by_hand="GQA from https://cs.stanford.edu/people/dorarad/gqa/download.html",
+        verified="program",
     ),
     "mantis_instruct_llava_665k_multi_multi_only": _mantis("llava_665k_multi"),
     "mantis_instruct_nlvr2_multi_only": _mantis("nlvr2"),

@@ -260,12 +260,13 @@ def _choice(question: str, texts: list[str], index: int, rng: Random, several: l
     return Turn("\n".join(part for part in (question, *marked, close) if part), answer)
 
 
-def plain_choice(question: str, texts: list[str], answer: Any, row: Row) -> Turn:
-    """A question with options as benchmarks write it: `A. option`, a line each. answer: number, letter or text."""
+def plain_choice(question: str, texts: list[str], row: Row) -> Turn:
+    """A question with options as benchmarks write it: `A. option`, a line each. The row's `answer_index`, or `answer`
+    by number, letter (also in brackets) or text, tells the right one."""
     marked = [_MARKED.match(text) for text in texts]
     if all(match and match[1].upper() == chr(65 + number) for number, match in enumerate(marked)):
         texts = [match[2].strip() for match in marked if match]
-    index = _index(Row({"answer": answer.strip("() ") if isinstance(answer, str) else answer}), texts)
+    index = _index(row, texts)
     lines = [f"{chr(65 + number)}. {text.strip()}" for number, text in enumerate(texts)]
     return Turn("\n".join([question, *lines, PLAIN_CLOSE]), lines[index])
 

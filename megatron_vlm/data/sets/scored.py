@@ -108,7 +108,7 @@ def several_images(row: Row, *, style: str, images: int = 8, path: str = "") -> 
     if not texts:
         yield Draft((Branch(style, (Turn(question, row.text("answer")),)),), media)
         return
-    turn = plain_choice(question, texts, row.text("answer"), row)
+    turn = plain_choice(question, texts, row)
     yield Draft((Branch(style, (turn,)),), media)
 
 
@@ -125,16 +125,19 @@ def _numbered(texts: list[str]) -> list[str]:
 
 def choices(row: Row, *, style: str, options: tuple[str, ...] = (), path: str = "") -> Iterator[Draft]:
     """A question about a video (or an image) with `options`, a list or the columns named by the parameter, in the plain
-    layout of benchmarks; `answer`: number, letter or text. Subtitles come along, a span cuts."""
+    layout of benchmarks; `answer_index`, or `answer`: number, letter or text. Subtitles come along, a span cuts."""
     texts = row.texts("options") or [row.text(name) for name in options if row.get(name)]
     if len(texts) < 2:
         raise row.bad("options", row.get("options"), "at least two options")
-    turn = plain_choice(row.text("question"), texts, row.get("answer"), row)
+    turn = plain_choice(row.text("question"), texts, row)
     info: Mapping[str, Any] = {"category": row.text("category")} if row.get("category") else {}
     yield Draft((Branch(style, (turn,)),), row.media(path), clip=row.clip(), info=dict(info))
 
 
 def written_choices(row: Row, *, style: str, path: str = "") -> Iterator[Draft]:
-    """A question whose options stand in its text, one a line; `answer`: the letter, or letter and text."""
+    """A question whose options stand in its text, one a line; `answer`: the letter, or letter and text. Raises LeftOut
+    where it is `NA`, not published."""
+    if row.text("answer") == "NA":
+        raise LeftOut("its answer is not published.")
     branch = Branch(style, (Turn(row.text("question"), row.text("answer")),))
     yield Draft((branch,), row.media(path), clip=row.clip())

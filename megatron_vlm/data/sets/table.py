@@ -5,6 +5,7 @@ File names and columns were compared with what is published, set by set. What wi
     card      the data set's own page on the hub: its files, its columns
     reader    a copy of Molmo2's own readers in public repositories, as they open these files
     layout    paths of files in the repository that other public programs use
+    program   files and columns as other public programs open them
 
 An entry without it follows the releases as the design's reference describes them. No file was downloaded and read.
 """

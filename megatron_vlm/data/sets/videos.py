@@ -123,7 +123,7 @@ MOLMO2 = {
 
 QUESTIONS = {
     "tgif": _qa("TGIF's GIFs from https://github.com/raingo/TGIF-Release, as MP4", hub="allenai/Molmo2-TGIF",
-                files=("Train_*_question.csv",), columns={"video": "gif_name"},
+                files=("Train_*_question.csv",), columns={"video": "gif_name", "answer_index": "answer"},
                 options={"options": ("a1", "a2", "a3", "a4", "a5")}),
     "tvqa_with_sub": _qa("TVQA's frames, 3 a second, from https://nlp.cs.unc.edu/data/jielei/tvqa, as videos",
                          hub="allenai/Molmo2-TVQA", files=("tvqa_{split}.jsonl",),

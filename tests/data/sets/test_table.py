@@ -241,7 +241,7 @@ def test_a_hint_goes_before_the_question(tmp_path: Path) -> None:
 
 
 def test_every_entry_says_what_it_was_compared_with() -> None:
-    known = {"card", "reader", "layout"}
+    known = {"card", "reader", "layout", "program"}
     for name, entry in TABLE.items():
         assert set(filter(None, entry.verified.split(", "))) <= known, name
     academic = [
@@ -362,3 +362,21 @@ def test_questions_about_charts_weigh_by_who_asked():
     assert 7398 * weight(0) == pytest.approx(20901 * weight(1)) == pytest.approx(28299 * 2 * 7398 * 20901 / 28299**2)
     with pytest.raises(ValueError, match="'human_or_machine' is 7; needed one of 0, 1"):
         weight(7)
+
+
+@pytest.mark.parametrize("name", ["ai2d_test", "perception_test_val", "nextqa_mc", "nextqa_mc_test"])
+def test_an_index_is_never_taken_for_the_text_of_an_option(name: str) -> None:
+    """Published as a text: `2` of the options 3, 2, 4, 1, 5 is the third, not the second."""
+    entry, given = find(name), rows(name)[0]
+    texts = ["3", "2", "4", "1", "5"]
+    changed = given | {entry.columns["answer_index"]: "2"} | {f"a{number}": text for number, text in enumerate(texts)}
+    changed = changed | ({"options": texts} if "options" in given else {})
+    (draft,) = entry.family(SetRow(with_pictures(changed, 1), entry.columns), **entry.options)  # type: ignore[arg-type]
+    assert str(draft.branches[0].turns[0].answer).endswith(" 4")
+
+
+def test_answers_that_are_not_published_are_left_out() -> None:
+    row = {"key": "v", "question": "Which?"}
+    found = [one for answer in ("A", "NA")
+             for one in source.read_row(find("lvbench"), row | {"answer": answer}, source.Context())]  # fmt: skip
+    assert [isinstance(one, LeftOut) for one in found] == [False, True]
