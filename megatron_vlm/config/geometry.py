@@ -155,6 +155,7 @@ def image_layout(width: int, height: int, geometry: ImageGeometry) -> ImageLayou
     return _image_layout(width, height, geometry)
 
 
+@lru_cache(maxsize=64)
 def frame_layout(geometry: ImageGeometry) -> ImageLayout:
     """Of one video frame, whatever its size in pixels: 9 x 9 placeholders from 27 x 27 patches pooled 3 x 3."""
     return _layout((0, 0), geometry.frame)

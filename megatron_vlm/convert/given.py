@@ -29,8 +29,8 @@ from megatron_vlm.config.geometry import (
 from megatron_vlm.convert.probe import MOST_CROPS, Sample
 from megatron_vlm.data import crops, image, video
 from megatron_vlm.data.frames import frame_times
+from megatron_vlm.data.prefix import prefix_tokens
 from megatron_vlm.data.tokens import Tokenizer
-from megatron_vlm.data.tree import prefix_tokens
 
 MOST_FRAMES, FRAMES_PER_SECOND = 8, 2.0
 

@@ -29,9 +29,9 @@ def attention_pairs(prefix: int, vision: int, branches: Sequence[int]) -> int:
 
 def sample_work(content: TokenizedExample, geometry: ImageGeometry) -> Work:
     """What one sample asks for, beside the places that it takes."""
-    of_prefix = content.branches == PREFIX_BRANCH
-    branches = np.bincount(content.branches[~of_prefix])
-    pairs = attention_pairs(int(of_prefix.sum()), int(content.is_vision.sum()), branches.tolist())
+    prefix = int(np.count_nonzero(content.branches == PREFIX_BRANCH))
+    branches = np.bincount(content.branches[prefix:])
+    pairs = attention_pairs(prefix, int(np.count_nonzero(content.is_vision)), branches.tolist())
     windows = sum(layout.placeholders for layout in content.layouts)
     slots = sum(
         layout.placeholders * (geometry.video_pool if isinstance(layout, VideoLayout) else geometry.pool) ** 2
@@ -39,7 +39,7 @@ def sample_work(content: TokenizedExample, geometry: ImageGeometry) -> Work:
     )
     if geometry.queries:
         windows, slots = content.crops, content.crops * geometry.patches
-    return Work(0, pairs, int((content.loss_weights != 0).sum()), content.crops, windows, slots)
+    return Work(0, pairs, int(np.count_nonzero(content.loss_weights)), content.crops, windows, slots)
 
 
 def row_cost(arch: Architecture, length: int, samples: Sequence[Work]) -> int:

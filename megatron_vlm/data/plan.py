@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.config.architecture import Architecture
@@ -11,10 +12,12 @@ from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.order import Draw, MixtureOrder, OnePassOrder
 from megatron_vlm.data.pack import pack
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tree import TokenizedExample, TreeSettings, nothing, tokenize
+from megatron_vlm.data.tree import TokenizedExample, TreeSettings, Written, nothing, with_ids, write
 
 #: A row's number in the run's order is window * ROWS_PER_WINDOW + its place in the window.
 ROWS_PER_WINDOW = 1 << 24
+#: Samples whose texts are encoded at once: enough for all cores, few enough for the memory that the library takes.
+TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ class Planner:
         draws = self.order.window(window, self.length)
         if draws is None:
             return None
-        samples = [self._sample(draw) for draw in draws]
+        groups = [draws[start : start + TOGETHER] for start in range(0, len(draws), TOGETHER)]
+        samples = [sample for group in groups for sample in self._samples(group)]
         sizes = [len(sample.content.tokens) for sample in samples], [sample.content.crops for sample in samples]
         rows = pack(*sizes, self.settings.max_tokens, self.settings.max_crops)
         if len(rows) > ROWS_PER_WINDOW:
@@ -127,24 +131,36 @@ class Planner:
             for place, row in enumerate(rows)
         ]
 
-    def _sample(self, draw: Draw) -> Sample:
-        source = self.sources[draw.source]
+    def _samples(self, draws: Sequence[Draw]) -> list[Sample]:
+        """Some samples, their texts encoded together."""
         try:
-            return self._tokenized(draw, source)
-        except Exception as error:  # a stranger's record may be anything
+            written = [self._written(draw) for draw in draws]
+            ids = iter(self.settings.tokenizer.encode_all([text for one in written for text in one.texts]))
+            return [self._complete(draw, one, ids) for draw, one in zip(draws, written, strict=True)]
+        except Exception:  # a stranger's record may be anything; alone, each sample says what is wrong with it
+            return [self._sample(draw) for draw in draws]
+
+    def _sample(self, draw: Draw) -> Sample:
+        try:
+            written = self._written(draw)
+            return self._complete(draw, written, map(self.settings.tokenizer.encode, written.texts))
+        except Exception as error:
+            source = self.sources[draw.source]
             key = f"{source}/{self.shards.key(source, self.split, draw.place)}"
             fault = Fault(key, f"samples/{source}.{self.split}.arrow", f"sample {draw.place}", reason(error))
             if self.skips:
                 return Sample(key, draw.source, (), nothing(), fault)
             raise fault.error from error
 
-    def _tokenized(self, draw: Draw, source: str) -> Sample:
+    def _written(self, draw: Draw) -> Written:
+        source = self.sources[draw.source]
         example = self.shards.example(source, self.split, draw.place)
         fine = self.high_resolution[draw.source] if self.high_resolution else 0.0
-        content = tokenize(example, source, draw.visit, self.settings, self.flat_weights[draw.source], fine)
-        # Images beyond data.max_images have no layout.
-        media = tuple(media.key for media in example.media[: len(content.layouts)])
-        return Sample(f"{source}/{example.key}", draw.source, media, content)
+        return write(example, source, draw.visit, self.settings, fine)
+
+    def _complete(self, draw: Draw, written: Written, ids: Iterable[list[int]]) -> Sample:
+        content = with_ids(written, ids, self.settings, self.flat_weights[draw.source])
+        return Sample(written.name, draw.source, written.media, content)
 
     def _row(self, number: int, samples: tuple[Sample, ...]) -> Row:
         work = [sample_work(sample.content, self.settings.geometry) for sample in samples]

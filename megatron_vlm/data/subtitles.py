@@ -6,9 +6,8 @@ subtitle
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-
-import numpy as np
 
 from megatron_vlm.data.example import Subtitle
 
@@ -28,5 +27,5 @@ def text(lines: Sequence[Subtitle], times: Sequence[float]) -> str:
 
 
 def _near(line: Subtitle, times: Sequence[float]) -> bool:
-    following = int(np.searchsorted(times, line.start - NEAR))
+    following = bisect.bisect_left(times, line.start - NEAR)
     return following < len(times) and times[following] <= line.end + NEAR

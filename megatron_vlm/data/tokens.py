@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from megatron_vlm.config.architecture import NEW_TOKENS, VISION_TOKENS, Language
 
 #: Added tokens of Qwen3 that its chat format uses; a tokenizer must have the last two.
 ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+#: What stands before a user's words in a turn; encoded with them.
+USER = "user\n"
 
 
 class Tokenizer:
@@ -97,6 +99,10 @@ class Tokenizer:
         """Ids of plain text: `<|im_end|>` in it is encoded as its letters."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each, on all cores and without Python's lock."""
+        return [one.ids for one in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def encode_fixed(self, text: str) -> tuple[int, ...]:
         """`encode` for strings that come again and again (prompts, templates): remembered."""
         return self._fixed(text)
@@ -110,10 +116,14 @@ class Tokenizer:
 
     def user_turn(self, text: str, *, first: bool) -> list[int]:
         """Ids of a user's turn and of the opening of the answer, in Qwen's chat format."""
+        return self.turn(self.encode(USER + text), first=first)
+
+    def turn(self, ids: list[int], *, first: bool) -> list[int]:
+        """`user_turn` of a text for which USER and the text are these ids."""
         start, end = self.names["<|im_start|>"], self.names["<|im_end|>"]
         newline, assistant = self.encode_fixed("\n"), self.encode_fixed("assistant\n")
         opening = [] if first else [end, *newline]
-        return [*opening, start, *self.encode("user\n" + text), end, *newline, start, *assistant]
+        return [*opening, start, *ids, end, *newline, start, *assistant]
 
     def decode(self, ids: Iterable[int], *, specials: bool = True) -> str:
         """Text of ids; those with a name as that name, or left out. Ids that mean nothing become U+FFFD."""

@@ -10,9 +10,10 @@ s tokens of the sample.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -20,7 +21,6 @@ from megatron_vlm.batch import PREFIX_BRANCH
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.geometry import (
     ImageGeometry,
-    ImageLayout,
     Layout,
     VideoLayout,
     image_geometry,
@@ -31,10 +31,9 @@ from megatron_vlm.data import points, prompts
 from megatron_vlm.data.example import Branch, Example, Points, Tracks
 from megatron_vlm.data.frames import video_layout
 from megatron_vlm.data.keyed import generator
-from megatron_vlm.data.tokens import Tokenizer
+from megatron_vlm.data.prefix import prefix_tokens, with_room
+from megatron_vlm.data.tokens import USER, Tokenizer
 
-#: Subtitles are cut where they would let the prefix take more than this share of a row.
-LARGEST_PREFIX = 7 / 8
 WEIGHTINGS = ("uniform", "root_subsegments", "root_tokens")
 
 
@@ -121,6 +120,26 @@ class TreeSettings:
                 raise ValueError(f"data.{name}={value!r} does not exist; choose one of {', '.join(known)}.")
 
 
+@dataclass(frozen=True)
+class Written:
+    """A sample as text: everything is drawn, only ids are missing, so that those of many samples are made at once."""
+
+    name: str
+    """data set/key."""
+    media: tuple[str, ...]
+    """Keys of the images that are shown, or of the video."""
+    layouts: tuple[Layout, ...]
+    conversations: tuple[tuple[str, ...], ...]
+    """Of each branch, in the order drawn: what the user says, the answer, what the user says, ..."""
+    branch_weights: tuple[float, ...]
+    dropped_images: int
+
+    @property
+    def texts(self) -> list[str]:
+        """What is to be encoded, in the order in which `with_ids` takes it."""
+        return [text for conversation in self.conversations for text in conversation]
+
+
 def tokenize(
     example: Example,
     dataset: str,
@@ -129,33 +148,58 @@ def tokenize(
     flat_weight: float | None = None,
     high_resolution: float = 0.0,
 ) -> TokenizedExample:
-    """The sample as its `visit`-th visit makes it: random choices are keyed by seed, data set, sample and visit.
+    """The sample as its `visit`-th visit makes it: `write`, its texts encoded, `with_ids`."""
+    written = write(example, dataset, visit, settings, high_resolution)
+    return with_ids(written, map(settings.tokenizer.encode, written.texts), settings, flat_weight)
 
-    flat_weight: weight of each loss token, instead of the settings' weighting.
+
+def write(example: Example, dataset: str, visit: int, settings: TreeSettings, high_resolution: float = 0.0) -> Written:
+    """The sample as text. Random choices are keyed by seed, data set, sample and visit.
+
     high_resolution: share of visits that see a single image in up to `settings.high_resolution_crops` crops.
-    Raises ValueError, naming the sample, where its images or the beginning of its first answer do not fit.
+    Raises ValueError, naming the sample, where its media cannot be shown.
     """
     identity = (settings.seed, dataset, example.key, visit)
     fine = high_resolution > 0 and generator(*identity, "resolution").random() < high_resolution
     layouts = media_layouts(example, settings, high_resolution=fine)
-    prefix = prefix_tokens(layouts, settings.tokenizer)[0]
+    if not example.branches:
+        raise ValueError(f"sample {dataset}/{example.key} has no conversation to learn from. Leave it out.")
     order = list(range(len(example.branches)))
     if len(order) > 1:
         generator(*identity, "branches").shuffle(order)
-    parts: list[tuple[list[int], list[bool], float]] = []
-    length, dropped = len(prefix), 0
-    for place in order:
-        tokens, is_answer = branch_tokens(example.branches[place], identity + (place,), layouts, settings)
-        first_loss = is_answer.index(True) - 1
+    return Written(
+        name=f"{dataset}/{example.key}",
+        media=tuple(media.key for media in example.media[: len(layouts)]),
+        layouts=layouts,
+        conversations=tuple(_said(example.branches[place], (*identity, place), layouts, settings) for place in order),
+        branch_weights=tuple(example.branches[place].weight for place in order),
+        dropped_images=len(example.media) - len(layouts),
+    )
+
+
+def with_ids(
+    written: Written, ids: Iterable[list[int]], settings: TreeSettings, flat_weight: float | None = None
+) -> TokenizedExample:
+    """The sample of which these are the ids of `written.texts`; takes no more of them than it has texts.
+
+    flat_weight: weight of each loss token, instead of the settings' weighting.
+    Raises ValueError, naming the sample, where its images or the beginning of its first answer do not fit.
+    """
+    layouts, encoded = written.layouts, iter(ids)
+    prefix = prefix_tokens(layouts, settings.tokenizer)
+    parts: list[_Part] = []
+    length, dropped = len(prefix[0]), 0
+    for texts, weight in zip(written.conversations, written.branch_weights, strict=True):
+        tokens, lengths = _conversation(encoded, len(texts), settings.tokenizer)
+        first_loss = _first_answer(written.name, lengths) - 1
         if parts and length + first_loss >= settings.max_tokens:
             dropped += 1
             continue
         if not parts:
-            _check_fit(f"{dataset}/{example.key}", length, first_loss, layouts, settings)
-        parts.append((tokens, is_answer, example.branches[place].weight))
+            _check_fit(written.name, length, first_loss, layouts, settings)
+        parts.append((tokens, lengths, weight))
         length += len(tokens)
-    left_out = len(example.media) - len(layouts)
-    return _assemble(parts, layouts, dropped, settings, flat_weight, left_out)
+    return _assemble(prefix, parts, layouts, settings, flat_weight, dropped, written.dropped_images)
 
 
 def nothing() -> TokenizedExample:
@@ -182,7 +226,7 @@ def media_layouts(example: Example, settings: TreeSettings, *, high_resolution: 
     if example.video is not None:
         most = settings.max_frames or settings.max_crops
         layout = video_layout(example, settings.geometry, settings.frames_per_second, most)
-        return (_with_room(layout, settings) if layout.subtitles else layout,)
+        return (with_room(layout, settings.max_tokens, settings.tokenizer) if layout.subtitles else layout,)
     media = example.media[: settings.max_images or None]
     _check_points(example, len(media))
     geometry = settings.geometry
@@ -191,22 +235,6 @@ def media_layouts(example: Example, settings: TreeSettings, *, high_resolution: 
     if len(media) == 1 and high_resolution:
         geometry = dataclasses.replace(geometry, max_crops=settings.high_resolution_crops)
     return tuple(image_layout(one.width, one.height, geometry) for one in media)
-
-
-def _with_room(layout: VideoLayout, settings: TreeSettings) -> VideoLayout:
-    """With as many lines of subtitles as leave room in a row for a question and its answer."""
-    encode = settings.tokenizer.encode
-    frames = len(video_tokens(dataclasses.replace(layout, subtitles=""), settings.tokenizer))
-    room = int(settings.max_tokens * LARGEST_PREFIX) - frames
-    title, *lines = layout.subtitles.splitlines(keepends=True)
-    sizes = np.cumsum([len(encode(line)) for line in lines])
-    kept = int(np.searchsorted(sizes, room - len(encode(title)), side="right"))
-    if kept == len(lines):
-        return layout
-    subtitles = title + "".join(lines[:kept]) if kept else ""
-    return dataclasses.replace(
-        layout, subtitles=subtitles, cut_subtitles=int(sizes[-1] - (sizes[kept - 1] if kept else 0))
-    )
 
 
 def _check_points(example: Example, images: int) -> None:
@@ -223,66 +251,13 @@ def _check_points(example: Example, images: int) -> None:
                 )
 
 
-def prefix_tokens(layouts: tuple[Layout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """BOS and the blocks of the images or of the video; several images are announced by `Image 1`, `Image 2`, ...
-
-    Ids (int64), and which of them belong to a bidirectional image block (bool). Shared: not to be written to.
-    """
-    if len(layouts) == 1 and isinstance(layouts[0], VideoLayout):
-        # Not remembered: long, and hardly ever the same.
-        return _with_vision([tokenizer.bos, *video_tokens(layouts[0], tokenizer)], tokenizer)
-    return _image_prefix(layouts, tokenizer)
-
-
-@lru_cache(maxsize=4096)
-def _image_prefix(layouts: tuple[ImageLayout, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    tokens = [tokenizer.bos]
-    for number, layout in enumerate(layouts, start=1):
-        if len(layouts) > 1:
-            tokens.extend(tokenizer.encode_fixed(f"Image {number}"))
-        tokens.extend(image_tokens(layout, tokenizer))
-    return _with_vision(tokens, tokenizer)
-
-
-def _with_vision(tokens: list[int], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(tokens, dtype=np.int64), np.isin(tokens, list(tokenizer.vision_ids))
-
-
-def image_tokens(layout: ImageLayout, tokenizer: Tokenizer) -> list[int]:
-    """The block of one image: global crop, then the rows of the canvas, each closed by `<im_col>`."""
-    patch, end = tokenizer.im_patch, tokenizer.new_token("<im_end>")
-    down, across = layout.global_grid
-    tokens = [tokenizer.new_token("<low_res_im_start>"), *[patch] * (down * across), end]
-    rows, columns = layout.high_grid
-    if rows:
-        tokens.append(tokenizer.new_token("<im_start>"))
-        tokens.extend(([patch] * columns + [tokenizer.new_token("<im_col>")]) * rows)
-        tokens.append(end)
-    return tokens
-
-
-def video_tokens(layout: VideoLayout, tokenizer: Tokenizer) -> list[int]:
-    """The block of a video: for each frame its time in seconds and its placeholders between `<frame_start>` and
-    `<frame_end>`; then the subtitles."""
-    start, end = tokenizer.new_token("<frame_start>"), tokenizer.new_token("<frame_end>")
-    frame = [start, *[tokenizer.im_patch] * layout.frame.placeholders, end]
-    tokens: list[int] = []
-    for number, moment in enumerate(layout.times):
-        tokens.extend(tokenizer.encode_fixed(f"{' ' if number else ''}{moment:.1f} "))
-        tokens.extend(frame)
-    if layout.subtitles:
-        tokens.extend(tokenizer.encode(layout.subtitles))
-    return tokens
-
-
-def branch_tokens(
+def _said(
     branch: Branch, identity: tuple[object, ...], layouts: tuple[Layout, ...], settings: TreeSettings
-) -> tuple[list[int], list[bool]]:
-    """Ids of one conversation and, for each, whether it belongs to an answer. The last EOS is not among them."""
-    tokenizer, rng = settings.tokenizer, generator(*identity, "prompt")
+) -> tuple[str, ...]:
+    """One conversation: what the user says, the answer, what the user says, ..."""
+    rng = generator(*identity, "prompt")
     video = next((layout for layout in layouts if isinstance(layout, VideoLayout)), None)
-    tokens: list[int] = []
-    is_answer: list[bool] = []
+    texts: list[str] = []
     for number, turn in enumerate(branch.turns):
         answer = turn.answer
         if isinstance(answer, Tracks) and video is not None:
@@ -293,13 +268,31 @@ def branch_tokens(
         text = prompts.user_text(
             settings.prompts, branch.style, turn, answer, first=number == 0, rng=rng, rate=video.rate if video else 0
         )
-        asked = tokenizer.user_turn(text, first=number == 0)
-        said = tokenizer.encode(answer)
-        if number + 1 < len(branch.turns):
-            said = [*said, tokenizer.eos]
-        tokens += asked + said
-        is_answer += [False] * len(asked) + [True] * len(said)
-    return tokens, is_answer
+        texts += USER + text, answer
+    return tuple(texts)
+
+
+def _conversation(encoded: Iterator[list[int]], texts: int, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of one conversation without the last EOS, and how many of them are the user's turn, the answer, ..."""
+    tokens: list[int] = []
+    lengths: list[int] = []
+    for number in range(0, texts, 2):
+        asked, said = tokenizer.turn(next(encoded), first=number == 0), next(encoded)
+        tokens += asked
+        tokens += said
+        lengths += len(asked), len(said)
+        if number + 2 < texts:
+            tokens.append(tokenizer.eos)
+            lengths[-1] += 1
+    return tokens, lengths
+
+
+def _first_answer(name: str, lengths: list[int]) -> int:
+    """Place in a conversation of its first token of an answer."""
+    for number in range(1, len(lengths), 2):
+        if lengths[number]:
+            return sum(lengths[:number])
+    raise ValueError(f"sample {name} has an empty answer: there is nothing to learn. Leave it out.")
 
 
 def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> TokenizedExample:
@@ -309,13 +302,13 @@ def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> T
     `layouts`, as in training.
     """
     layouts = media_layouts(example, settings)
-    prefix = prefix_tokens(layouts, settings.tokenizer)[0]
+    prefix = prefix_tokens(layouts, settings.tokenizer)
     rng = generator(settings.seed, example.key, "generation")
     rate = example.clip.rate if example.clip else 0
     text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng, rate=rate)
     tokens = settings.tokenizer.user_turn(text, first=True)
-    _check_fit(example.key, len(prefix), len(tokens), layouts, settings)
-    return _assemble([(tokens, [False] * len(tokens), 1.0)], layouts, 0, settings, 0.0)
+    _check_fit(example.key, len(prefix[0]), len(tokens), layouts, settings)
+    return _assemble(prefix, [(tokens, [len(tokens)], 1.0)], layouts, settings, 0.0)
 
 
 def _check_fit(name: str, prefix: int, first_loss: int, layouts: tuple[Layout, ...], settings: TreeSettings) -> None:
@@ -334,51 +327,49 @@ def _check_fit(name: str, prefix: int, first_loss: int, layouts: tuple[Layout, .
         )
 
 
+#: A branch: its ids, how many of them are the user's turn, the answer, the user's turn, ...; its own weight.
+_Part = tuple[list[int], list[int], float]
+
+
 def _assemble(
-    parts: list[tuple[list[int], list[bool], float]],
+    prefix: tuple[np.ndarray, np.ndarray],
+    parts: list[_Part],
     layouts: tuple[Layout, ...],
-    dropped: int,
     settings: TreeSettings,
     flat_weight: float | None,
+    dropped: int = 0,
     dropped_images: int = 0,
 ) -> TokenizedExample:
-    prefix, prefix_vision = prefix_tokens(layouts, settings.tokenizer)
-    length = len(prefix) + sum(len(tokens) for tokens, *_ in parts)
-    tokens = np.empty(length, dtype=np.int64)
-    targets = np.zeros(length, dtype=np.int64)
-    weights = np.zeros(length, dtype=np.float32)
-    positions = np.empty(length, dtype=np.int64)
-    branches = np.full(length, PREFIX_BRANCH, dtype=np.int32)
-    tokens[: len(prefix)] = prefix
-    positions[: len(prefix)] = np.arange(len(prefix))
-    start = len(prefix)
-    for number, (ids, is_answer, own_weight) in enumerate(parts):
-        stop = start + len(ids)
-        tokens[start:stop] = ids
-        positions[start:stop] = np.arange(len(prefix), len(prefix) + len(ids))
-        branches[start:stop] = number
-        # A place predicts the next token of its branch, the last one EOS.
-        predicts_answer = np.asarray([*is_answer[1:], is_answer[-1]])
-        following = np.asarray([*ids[1:], settings.tokenizer.eos], dtype=np.int64)
-        targets[start:stop] = np.where(predicts_answer, following, 0)
-        weights[start:stop] = predicts_answer * _token_weight(
-            int(predicts_answer.sum()), len(parts), settings, flat_weight, own_weight
-        )
-        start = stop
-    kept = min(length, settings.max_tokens)
-    # Text after the prefix is plain text, so it holds no token of an image block.
-    vision = np.zeros(length, dtype=bool)
-    vision[: len(prefix)] = prefix_vision
+    sizes = np.asarray([len(tokens) for tokens, *_ in parts])  # (branches,)
+    ids = np.fromiter(itertools.chain.from_iterable(tokens for tokens, *_ in parts), np.int64, count=sizes.sum())
+    ends = np.cumsum(sizes)
+    said = [(length, place % 2 == 1) for _, lengths, _ in parts for place, length in enumerate(lengths)]
+    is_answer = np.repeat([answer for _, answer in said], [length for length, _ in said])
+    # A place predicts the next token of its branch, the last one EOS.
+    following, predicts = np.roll(ids, -1), np.roll(is_answer, -1)
+    following[ends - 1], predicts[ends - 1] = settings.tokenizer.eos, is_answer[ends - 1]
+    predictions = np.add.reduceat(predicts, ends - sizes, dtype=np.int64).tolist()
+    weights = [
+        _token_weight(count, len(parts), settings, flat_weight, own)
+        for count, (*_, own) in zip(predictions, parts, strict=True)
+    ]
+    first, kept = len(prefix[0]), settings.max_tokens  # of the prefix's tokens; of all
+
+    def whole(of_prefix: np.ndarray, of_branches: np.ndarray, kind: type[np.generic]) -> np.ndarray:
+        return np.concatenate([of_prefix, of_branches], dtype=kind, casting="same_kind")[:kept]
+
     return TokenizedExample(
-        tokens=tokens[:kept],
-        targets=targets[:kept],
-        loss_weights=weights[:kept],
-        positions=positions[:kept],
-        branches=branches[:kept],
-        is_vision=vision[:kept],
+        tokens=whole(prefix[0], ids, np.int64),
+        targets=whole(np.zeros(first, dtype=np.int64), np.where(predicts, following, 0), np.int64),
+        loss_weights=whole(np.zeros(first), predicts * np.repeat(weights, sizes), np.float32),
+        positions=whole(np.arange(first), first + np.arange(len(ids)) - np.repeat(ends - sizes, sizes), np.int64),
+        branches=whole(np.full(first, PREFIX_BRANCH), np.repeat(np.arange(len(parts)), sizes), np.int32),
+        # Text after the prefix is plain text, so it holds no token of an image block.
+        is_vision=whole(prefix[1], np.zeros(len(ids), dtype=bool), np.bool_),
         layouts=layouts,
         dropped_branches=dropped,
-        cut_tokens=length - kept + sum(one.cut_subtitles for one in layouts if isinstance(one, VideoLayout)),
+        cut_tokens=max(0, first + len(ids) - kept)
+        + sum(one.cut_subtitles for one in layouts if isinstance(one, VideoLayout)),
         dropped_images=dropped_images,
     )
 

@@ -14,8 +14,9 @@ from megatron_vlm.data import crops, prompts
 from megatron_vlm.data.example import Branch, Example
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.media import Store, read_crops
+from megatron_vlm.data.prefix import prefix_tokens
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tree import TreeSettings, media_layouts, prefix_tokens
+from megatron_vlm.data.tree import TreeSettings, media_layouts
 from megatron_vlm.evaluate.prompt import Prompt
 
 #: Ends of the styles of answers without a natural length: the usual length hint is right for them. All others are short

@@ -17,8 +17,8 @@ from megatron_vlm.config import presets
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.geometry import Layout, VideoLayout, frame_layout, image_geometry, image_layout
 from megatron_vlm.data import crops, tokens
+from megatron_vlm.data.prefix import prefix_tokens
 from megatron_vlm.data.tokens import Tokenizer
-from megatron_vlm.data.tree import prefix_tokens
 from tests.model import reference, tiny
 from tests.torchvision import declare_operators
 

@@ -20,7 +20,7 @@ TOKENIZER = Tokenizer(definition(), TINY_LANGUAGE)
 @settings(max_examples=200, deadline=None)
 def test_any_text_comes_back(text):
     ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text
+    assert TOKENIZER.decode(ids) == text and TOKENIZER.encode_all([text, "a cat"]) == [ids, TOKENIZER.encode("a cat")]
     assert not set(ids) & set(TOKENIZER.names.values())
     assert all(0 <= number < TINY_LANGUAGE.vocab_size for number in ids)
 

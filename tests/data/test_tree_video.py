@@ -12,7 +12,8 @@ from megatron_vlm.config.architecture import NEW_TOKENS
 from megatron_vlm.config.geometry import ImageGeometry, image_geometry
 from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Subtitle, Tracks, Turn
 from megatron_vlm.data.points import NO_TRACKS
-from megatron_vlm.data.tree import TreeSettings, media_layouts, prompt_tokens, tokenize, video_tokens
+from megatron_vlm.data.prefix import prefix_tokens
+from megatron_vlm.data.tree import TreeSettings, media_layouts, prompt_tokens, tokenize
 from tests.data.oracle import video_text
 from tests.data.world import ARCH, tokenizer
 
@@ -72,7 +73,7 @@ def test_tokens_equal_transformers():
     whole.add_special_tokens([AddedToken(name, special=True) for name in NEW_TOKENS])
     names = {whole.token_to_id(name): TOKENIZER.new_token(name) for name in NEW_TOKENS}
     expected = [names.get(number, number) for number in whole.encode(string, add_special_tokens=False).ids]
-    assert video_tokens(layout, TOKENIZER) == expected
+    assert prefix_tokens((layout,), TOKENIZER)[0].tolist() == [TOKENIZER.bos, *expected]
 
 
 def test_most_frames():
