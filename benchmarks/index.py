@@ -1,11 +1,16 @@
 """Writing shards and their index: seconds and resident memory a sample, up to a million samples.
 
-    python benchmarks/index.py [--most 1000000]
+    python benchmarks/index.py [--most 1000000] [--workers 2]
 
-Every sample is a caption about an image of its own. The files' bytes are made up (64 a file, 16,384 files a shard), so
-what is measured is all that the writer does around them: tar headers, checksums, the index of media, the Arrow files,
-the manifest. Then the shards are opened and samples read at random. Each size runs in a process of its own; memory is
-what the process holds at most beyond what it held after 20,000 other samples were written.
+Every sample is a caption about an image of its own.
+One process: the files' bytes are made up (64 a file, 16,384 files a shard), so what is measured is all that the writer
+does around them: tar headers, checksums, the index of media, the Arrow files, the manifest. Then the shards are opened
+and samples read at random.
+Several: what tools/build_shards.py does with a downloaded data set (data.sets.build) whose Parquet file holds the
+images, 28 x 28 pixels: rows read and dealt out, images decoded and checked, the parts merged.
+Each size runs in a process of its own; memory is what the process holds at most beyond what it held after 20,000 other
+samples were written. Several processes: what the first one holds, and as many times as there are others what the
+largest of them holds, as if all were at their most at one time.
 """
 
 from __future__ import annotations
@@ -13,19 +18,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record  # noqa: E402
 from megatron_vlm.data.example import Branch, Example, Media, Turn  # noqa: E402
+from megatron_vlm.data.sets.build import build  # noqa: E402
+from megatron_vlm.data.sets.table import find  # noqa: E402
 from megatron_vlm.data.shards import Shards  # noqa: E402
 from megatron_vlm.data.writer import ShardWriter  # noqa: E402
 
@@ -34,6 +47,8 @@ PARTS = (0.1, 0.3, 1.0)
 READS = 20_000
 #: In one tar: with its header each file takes 1,024 bytes.
 FILES, WARM_UP = 16_384, 20_000
+#: A data set of captions, and rows in a row group of its file.
+DATASET, GROUP = "pixmo_cap", 16_384
 
 
 def resident() -> int:
@@ -50,6 +65,54 @@ def write(folder: Path, samples: int) -> None:
             writer.add_checked(media, "jpg", data, None)
             caption = Branch("long_caption", (Turn("", f"Picture {number} shows a red cup on a table."),))
             writer.add(Example(f"{number:08d}", (caption,), (media,)), "captions", "train")
+
+
+def picture(number: int) -> bytes:
+    """A PNG file of 28 x 28 pixels of one colour, another one for each number."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = (b"\0" + number.to_bytes(3, "big") * 28) * 28
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 28, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines, 1)) + chunk(b"IEND", b"")
+
+
+def download(folder: Path, samples: int) -> None:
+    """The download directory of a data set with so many rows."""
+    entry = find(DATASET)
+    path = folder / entry.folder(DATASET) / entry.patterns("train")[0].replace("*", "0")
+    path.parent.mkdir(parents=True)
+    schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, samples, GROUP):
+            numbers = range(first, min(samples, first + GROUP))
+            captions = [f"Picture {number} shows a red cup on a table." for number in numbers]
+            writer.write_table(pa.table([list(map(picture, numbers)), captions], schema))
+
+
+def build_from(folder: Path, samples: int, workers: int) -> dict[str, Any]:
+    """Build shards of so many rows with so many processes beside the first one."""
+
+    def held() -> int:
+        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        return resident() + workers * largest
+
+    def spent() -> float:
+        return sum(os.times()[:4])
+
+    for name, count in (("warm up", WARM_UP), ("shards", samples)):
+        download(folder / f"{name} rows", count)
+        before, began, clock = held(), spent(), time.perf_counter()
+        made = build([DATASET], folder / f"{name} rows", folder / name, workers=workers)
+        assert made.samples[DATASET] == count and not made.left_out
+    return {
+        "samples": samples,
+        "processes": 1 + workers,
+        "microseconds a sample": round((spent() - began) / samples * 1e6, 1),
+        "bytes of memory a sample": round((held() - before) / samples),
+        "seconds": round(time.perf_counter() - clock, 1),
+    }
 
 
 def fill(folder: Path, samples: int) -> dict[str, Any]:
@@ -75,28 +138,38 @@ def fill(folder: Path, samples: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=1_000_000, help="samples (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that build (default: %(default)s; 0: none)")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the results as they are")
     asked = parser.parse_args()
     if asked.only:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(fill(Path(folder), asked.only)))
+            made = (
+                build_from(Path(folder), asked.only, asked.workers) if asked.workers else fill(Path(folder), asked.only)
+            )
+            print(json.dumps(made))
         return
-    rows = []
-    for part in PARTS:
-        command = [sys.executable, __file__, "--only", str(int(part * asked.most))]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        print(rows[-1], flush=True)
-    linear = rows[-1]["microseconds a sample"] / rows[0]["microseconds a sample"]
-    memory = rows[-1]["bytes of memory a sample"]
-    key = {"linear": round(linear, 2), "bytes_a_sample": memory}
-    summary = [
-        (f"memory of building shards of {asked.most:,} samples", f"{memory} bytes a sample (asked for: 300)"),
-        (f"time a sample, {asked.most:,} samples over a tenth of them (1 = linear)", f"{linear:.2f}"),
-    ]
-    what = "`python benchmarks/index.py`: one process; times are of the processor."
+    rows, key = {}, {}
+    summary = []
+    for workers in sorted({0, asked.workers}):
+        found = rows[workers] = []
+        for part in PARTS:
+            command = [sys.executable, __file__, "--only", str(int(part * asked.most)), "--workers", str(workers)]
+            found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+            print(found[-1], flush=True)
+        linear = found[-1]["microseconds a sample"] / found[0]["microseconds a sample"]
+        memory = found[-1]["bytes of memory a sample"]
+        sign, named = (f"_{1 + workers}", f", {1 + workers} processes together") if workers else ("", ", one process")
+        key |= {f"linear{sign}": round(linear, 2), f"bytes_a_sample{sign}": memory}
+        summary += [
+            (f"memory of building shards of {asked.most:,} samples{named}", f"{memory} bytes each (asked for: 300)"),
+            (f"time a sample, {asked.most:,} over a tenth of them (1 = linear){named}", f"{linear:.2f}"),
+        ]
+    what = "`python benchmarks/index.py`: times are of the processor, of all processes."
+    if asked.workers:
+        what += f"\n\nSeveral processes:\n\n{record.table(rows[asked.workers])}\n\nOne process:"
     if not asked.dry_run:
-        record.write("index", what, {"rows": rows}, rows, key, summary)
+        record.write("index", what, {"rows": rows[0], "parallel": rows.get(asked.workers)}, rows[0], key, summary)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -20,21 +19,22 @@ def prefix_tokens(layouts: tuple[Layout, ...], tokenizer: Tokenizer) -> tuple[np
 
     Ids (int64), and which of them belong to a bidirectional image block (bool).
     """
-    pieces = [(np.asarray([tokenizer.bos]), False)]
+    pieces = [np.asarray([tokenizer.bos])]
     for number, layout in enumerate(layouts, start=1):
         if isinstance(layout, VideoLayout):
-            pieces.extend(_video(layout, tokenizer))
+            pieces += _video(layout, tokenizer)
             continue
         if len(layouts) > 1:
-            pieces.append((_text(f"Image {number}", tokenizer), False))
-        pieces.append((_image(layout, tokenizer), True))
-    ids = np.concatenate([piece for piece, _ in pieces])
-    return ids, np.repeat([is_block for _, is_block in pieces], [len(piece) for piece, _ in pieces])
+            pieces.append(_text(f"Image {number}", tokenizer))
+        pieces.append(_image(layout, tokenizer))
+    ids = np.concatenate(pieces)
+    # Of the ids beyond the base vocabulary only those of blocks occur here, and text has none of them.
+    return ids, ids >= tokenizer.vocab_size
 
 
 def with_room(layout: VideoLayout, max_tokens: int, tokenizer: Tokenizer) -> VideoLayout:
     """With as many lines of subtitles as leave room in a row of `max_tokens` for a question and its answer."""
-    frames = sum(len(piece) for piece, _ in _video(dataclasses.replace(layout, subtitles=""), tokenizer))
+    frames = sum(len(piece) for piece in _video(dataclasses.replace(layout, subtitles=""), tokenizer))
     room = int(max_tokens * LARGEST_PREFIX) - frames
     title, *lines = layout.subtitles.splitlines(keepends=True)
     sizes = np.cumsum(list(map(len, tokenizer.encode_all(lines))))
@@ -47,14 +47,15 @@ def with_room(layout: VideoLayout, max_tokens: int, tokenizer: Tokenizer) -> Vid
     )
 
 
-def _video(layout: VideoLayout, tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, bool]]:
-    """For each frame its time in seconds and its block; then the subtitles. With each piece: whether it is a block."""
-    frame = _frame(layout.frame, tokenizer)
-    for number, moment in enumerate(layout.times):
-        yield _text(f" {moment:.1f} " if number else f"{moment:.1f} ", tokenizer), False
-        yield frame, True
+def _video(layout: VideoLayout, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """For each frame its time in seconds and its block; then the subtitles."""
+    times = [f" {moment:.1f} " for moment in layout.times]
+    times[0] = times[0].lstrip()
+    pieces = [_frame(layout.frame, tokenizer)] * (2 * len(times))
+    pieces[::2] = [_text(time, tokenizer) for time in times]
     if layout.subtitles:
-        yield np.asarray(tokenizer.encode(layout.subtitles), dtype=np.int64), False
+        pieces.append(np.asarray(tokenizer.encode(layout.subtitles), dtype=np.int64))
+    return pieces
 
 
 # Kept arrays are shared between samples. Times have a decimal, so a film of an hour has 36,000 of them.

@@ -353,23 +353,28 @@ def _assemble(
         _token_weight(count, len(parts), settings, flat_weight, own)
         for count, (*_, own) in zip(predictions, parts, strict=True)
     ]
-    first, kept = len(prefix[0]), settings.max_tokens  # of the prefix's tokens; of all
-
-    def whole(of_prefix: np.ndarray, of_branches: np.ndarray, kind: type[np.generic]) -> np.ndarray:
-        return np.concatenate([of_prefix, of_branches], dtype=kind, casting="same_kind")[:kept]
-
+    first, length = len(prefix[0]), len(prefix[0]) + len(ids)
+    targets, loss_weights = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32)
+    np.copyto(targets[first:], following, where=predicts)
+    loss_weights[first:] = predicts * np.repeat(weights, sizes)
+    positions = np.arange(length)
+    positions[first:] -= np.repeat(ends - sizes, sizes)
+    branches = np.full(length, PREFIX_BRANCH, dtype=np.int32)
+    branches[first:] = np.repeat(np.arange(len(parts)), sizes)
+    # Text after the prefix is plain text, so it holds no token of an image block.
+    is_vision = np.zeros(length, dtype=bool)
+    is_vision[:first] = prefix[1]
+    kept = settings.max_tokens
     return TokenizedExample(
-        tokens=whole(prefix[0], ids, np.int64),
-        targets=whole(np.zeros(first, dtype=np.int64), np.where(predicts, following, 0), np.int64),
-        loss_weights=whole(np.zeros(first), predicts * np.repeat(weights, sizes), np.float32),
-        positions=whole(np.arange(first), first + np.arange(len(ids)) - np.repeat(ends - sizes, sizes), np.int64),
-        branches=whole(np.full(first, PREFIX_BRANCH), np.repeat(np.arange(len(parts)), sizes), np.int32),
-        # Text after the prefix is plain text, so it holds no token of an image block.
-        is_vision=whole(prefix[1], np.zeros(len(ids), dtype=bool), np.bool_),
+        tokens=np.concatenate([prefix[0], ids])[:kept],
+        targets=targets[:kept],
+        loss_weights=loss_weights[:kept],
+        positions=positions[:kept],
+        branches=branches[:kept],
+        is_vision=is_vision[:kept],
         layouts=layouts,
         dropped_branches=dropped,
-        cut_tokens=max(0, first + len(ids) - kept)
-        + sum(one.cut_subtitles for one in layouts if isinstance(one, VideoLayout)),
+        cut_tokens=max(0, length - kept) + sum(one.cut_subtitles for one in layouts if isinstance(one, VideoLayout)),
         dropped_images=dropped_images,
     )
 

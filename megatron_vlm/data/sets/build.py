@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_vlm.data.digests import Digests
 from megatron_vlm.data.example import Example, Media
 from megatron_vlm.data.sets.table import find
 from megatron_vlm.data.sets.units import LEFT_OUT, Places, Unit, build_unit, lines, spread, units
@@ -35,6 +36,7 @@ from megatron_vlm.data.writer import ShardWriter
 RECIPE = "build.json"
 #: Reasons that tell nothing against a data set: they do not count towards the share that may be left out.
 EXPECTED = ("duplicate", "evaluation", "recipe")
+_DIGEST = 16
 
 
 @dataclass
@@ -164,7 +166,7 @@ def _merge(
     for unit in parts:
         for line in (places.unit(unit) / LEFT_OUT).read_text(encoding="utf-8").splitlines():
             left_out.append(json.loads(line))
-    used: dict[tuple[str, str], dict[str, str]] = {}
+    used: dict[tuple[str, str], _Used] = {}
     with ShardWriter(out, shard_bytes=shard_bytes, overwrite=overwrite) as writer:
         for unit in tqdm(parts, desc="merge", unit=" parts", disable=None):
             if not (places.unit(unit) / "manifest.json").is_file():
@@ -172,7 +174,7 @@ def _merge(
             shards = Shards(places.unit(unit))
             taken: list[tuple[Example, str]] = []
             for split in shards.splits(unit.dataset):
-                keys = used.setdefault((unit.dataset, split), {})
+                keys = used.setdefault((unit.dataset, split), _Used())
                 for index in range(shards.count(unit.dataset, split)):
                     example = _renamed(shards.example(unit.dataset, split, index), keys)
                     if example is None:
@@ -195,16 +197,37 @@ def _merge(
     return result
 
 
-def _renamed(example: Example, keys: dict[str, str]) -> Example | None:
-    """The sample, under another key where its own is used; None where it was there before. Keeps account in keys."""
-    content = hashlib.sha256(repr((example.branches, example.media, example.clip)).encode()).hexdigest()
+class _Used:
+    """The keys of a split and what their samples hold, as digests: a dict takes 8 times the memory."""
+
+    def __init__(self) -> None:
+        self._keys = Digests(_DIGEST)
+        self._contents = bytearray()
+
+    def content(self, key: str) -> bytes | None:
+        """What the sample of a key holds; None where the key is free."""
+        row = self._keys.find(_digest(key))
+        return None if row < 0 else bytes(self._contents[row * _DIGEST : (row + 1) * _DIGEST])
+
+    def add(self, key: str, content: bytes) -> None:
+        self._keys.add(_digest(key))
+        self._contents += content
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=_DIGEST).digest()
+
+
+def _renamed(example: Example, used: _Used) -> Example | None:
+    """The sample, under another key where its own is used; None where it was there before. Keeps account in `used`."""
+    content = _digest(repr((example.branches, example.media, example.clip)))
     key, number = example.key, 1
-    while key in keys:
-        if keys[key] == content:
+    while (known := used.content(key)) is not None:
+        if known == content:
             return None
         number += 1
         key = f"{example.key}_{number}"
-    keys[key] = content
+    used.add(key, content)
     return replace(example, key=key)
 
 
