@@ -1,6 +1,6 @@
 """Packing and balance on the lengths of Molmo2's fine-tuning mixture (lengths.py), at 16,384 tokens / 128 crops.
 
-    python benchmarks/packing.py [--seeds 3] [--ranks 64]
+    python benchmarks/packing.py [--seeds 0 1 2 100 101 102 103 104] [--ranks 64]
 
 Packing: windows of 4,096 samples, beside the reference's knapsack over 48 samples in the same run. `of bound` = rows
 that any packing needs at least / rows. Times are of the processor, of packing alone.
@@ -9,6 +9,7 @@ of those in which rows differ (attention, vision tower, connector, head); p of c
 the mixture: by data set, those with fewer than 5 samples in a mean batch taken together by group, and by group alone.
 `ours`: as the loader takes rows with data.balance_batches=8, with the batches that two windows share; `as packed`:
 without; `sorted by cost`: the rows of 8 batches sorted, whatever they hold.
+The constants of data/batches.py were chosen while looking at seeds 0, 1 and 2: what is reported is of the other seeds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from megatron_vlm.data.pack import lower_bound, pack  # noqa: E402
 SPAN = 8
 LEAST_EXPECTED = 5
 FAR_WINDOW = 1_000_000
+#: Seeds at which the constants of the balance were chosen, and others.
+SEEN, HELD_OUT = (0, 1, 2), (100, 101, 102, 103, 104)
 
 
 def packed(samples: list[Drawn], method: Any) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def balance(stream: Stream, seed: int, ranks: int, rows_per_rank: int) -> list[d
                 "rows a rank": rows_per_rank,
                 "order": order,
                 "batches": len(whole),
-                "mean": f"{statistics.mean(whole):.3f}",
+                "mean": f"{statistics.mean(whole):.4f}",
                 "worst": f"{max(whole):.3f}",
                 "mean, differing": f"{statistics.mean(differing):.3f}",
                 "p, median": float(f"{statistics.median(p):.2g}"),
@@ -175,18 +178,35 @@ def balance(stream: Stream, seed: int, ranks: int, rows_per_rank: int) -> list[d
     return results
 
 
-def _most(lines: list[dict[str, Any]], **wanted: Any) -> float:
-    """The largest mean of the seeds."""
-    return max(float(line["mean"]) for line in lines if all(line[name] == value for name, value in wanted.items()))
+def _over_seeds(lines: list[dict[str, Any]], order: str, rows_per_rank: int) -> dict[str, float]:
+    """Imbalance over the seeds that were held out: mean, worst seed's mean, worst batch."""
+    mine = [line for line in lines if (line["order"], line["rows a rank"]) == (order, rows_per_rank)]
+    mine = [line for line in mine if line["seed"] not in SEEN]
+    means, worst = ([float(line[name]) for line in mine] for name in ("mean", "worst"))
+    return {"mean": statistics.mean(means), "worst seed": max(means), "worst batch": max(worst)}
+
+
+def _summary(ranks: int, rows_per_rank: int, balancing: list[dict[str, Any]]) -> tuple[str, str]:
+    found = _over_seeds(balancing, "ours", rows_per_rank)
+    before = _over_seeds(balancing, "as packed", rows_per_rank)["mean"]
+    seeds = len({line["seed"] for line in balancing if line["seed"] not in SEEN})
+    row = "row" if rows_per_rank == 1 else "rows"
+    return (
+        f"dearest of {ranks} ranks over their mean, {rows_per_rank} {row} each, mean of {seeds} seeds held out "
+        "(worst seed, worst batch; mean as packed)",
+        f"{found['mean']:.3f} ({found['worst seed']:.3f}, {found['worst batch']:.3f}; {before:.3f})",
+    )
 
 
 def main() -> None:
     parser = record.options(__doc__, threads=False)
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*SEEN, *HELD_OUT], help="(default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=64, help="(default: %(default)s)")
     asked = parser.parse_args()
+    if set(asked.seeds) <= set(SEEN):
+        parser.error(f"--seeds: at least one beside {SEEN}, at which the balance's constants were chosen")
     packing, balancing = [], []
-    for seed in range(asked.seeds):
+    for seed in asked.seeds:
         samples = Distribution(seed).window(0)
         for name, method in (("ours", pack), ("knapsack of 48", knapsack.pack)):
             packing.append({"seed": seed, "packing": name, "samples": len(samples), **packed(samples, method)})
@@ -204,14 +224,13 @@ def main() -> None:
     ours = [line for line in packing if line["packing"] == "ours"]
     theirs = [line for line in packing if line["packing"] != "ours"]
     bound, other = (min(line["of_bound"] for line in lines) for lines in (ours, theirs))
-    one, two = (_most(balancing, order="ours", **{"rows a rank": rows}) for rows in (1, 2))
-    before = [_most(balancing, order="as packed", **{"rows a rank": rows}) for rows in (1, 2)]
-    key = {"of_bound": bound, "knapsack_of_bound": other, "imbalance_1": one, "imbalance_2": two}
-    ranks = f"dearest of {asked.ranks} ranks over their mean, "
+    key = {"of_bound": bound, "knapsack_of_bound": other}
+    for rows in (1, 2):
+        found = _over_seeds(balancing, "ours", rows)
+        key |= {f"imbalance_{rows}": round(found["mean"], 4), f"worst_seed_{rows}": round(found["worst seed"], 4)}
     summary = [
         ("rows that packing needs at least over rows used (knapsack of 48 samples)", f"{bound:.3f} ({other:.3f})"),
-        (ranks + "1 row each (as packed)", f"{one:.3f} ({before[0]:.3f})"),
-        (ranks + "2 rows each (as packed)", f"{two:.3f} ({before[1]:.3f})"),
+        *(_summary(asked.ranks, rows, balancing) for rows in (1, 2)),
     ]
     if asked.dry_run:
         print(what, record.table(packing), json.dumps(key), sep="\n\n")

@@ -86,8 +86,8 @@ class Shards:
 
     def media(self, key: str) -> bytes:
         """Bytes of a stored file by its sha256. Raises ValueError where it is missing or lies outside its shard."""
-        row = self._media_row(key)
-        shard, offset, size = (column[row] for column in self._media_place)
+        row, (shards, offsets, sizes) = self._media_row(key), self._media_place
+        shard, offset, size = shards[row], offsets[row], sizes[row]
         data = os.pread(self._descriptors.get(shard) or self._descriptor(shard), size, offset)
         if len(data) != size:
             raise ValueError(
