@@ -146,19 +146,19 @@ def _block_by_block(
     # Tied to all three: a rank with nothing but padding takes part in the collectives of backward.
     out = replicated.anchor(torch.zeros_like(query), query, key, value)
     for row, plan in enumerate(plans):
+        q, k, v, places = (_heads_first(x, row) for x in (query, key, value, out))
         for block in plan.blocks:
-            q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
             mask = plan.mask(block)
             part = nn.functional.scaled_dot_product_attention(
-                q,
-                k,
-                v,
+                block.of_queries(q),
+                block.of_keys(k),
+                block.of_keys(v),
                 attn_mask=None if mask is None else mask.to(q.dtype),
                 is_causal=block.causal,
                 scale=scale,
                 enable_gqa=True,
             )
-            out[block.start : block.end, row] = part[0].transpose(0, 1)
+            block.of_queries(places).copy_(part)
     return out
 
 
@@ -174,10 +174,12 @@ class _BlockAttention(torch.autograd.Function):
         logsumexps = []
         with cpu.direct():
             for row, plan in enumerate(plans):
+                q, k, v, places = (_heads_first(x, row) for x in (query, key, value, out))
                 for block in plan.blocks:
-                    q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
-                    part, logsumexp = block_kernels.forward(q, k, v, block.causal, plan.mask(block), scale)
-                    out[block.start : block.end, row] = part[0].transpose(0, 1)
+                    part, logsumexp = block_kernels.forward(
+                        block.of_queries(q), block.of_keys(k), block.of_keys(v), block.causal, plan.mask(block), scale
+                    )
+                    block.of_queries(places).copy_(part)
                     logsumexps.append(logsumexp)
         ctx.save_for_backward(query, key, value, out, *logsumexps)
         ctx.plans, ctx.scale = plans, scale
@@ -186,47 +188,35 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, out, *logsumexps = ctx.saved_tensors
-        grad_query = torch.zeros_like(query)
         # Several blocks may add to a key's gradient: in float32, so that bf16 does not round in between.
         shared = any(block.causal is False for plan in ctx.plans for block in plan.blocks)
         sums = torch.float32 if shared else key.dtype
-        grad_key, grad_value = (torch.zeros_like(x, dtype=sums) for x in (key, value))
-        position = 0
+        grad_query, grad_key, grad_value = (
+            torch.zeros_like(query), *(torch.zeros_like(x, dtype=sums) for x in (key, value))
+        )  # fmt: skip
+        sums_of_blocks = iter(logsumexps)
         with cpu.direct():
             for row, plan in enumerate(ctx.plans):
+                q, k, v, o, upward = (_heads_first(x, row) for x in (query, key, value, out, gradient))
+                into_q, into_k, into_v = (_heads_first(x, row) for x in (grad_query, grad_key, grad_value))
                 for block in plan.blocks:
-                    q, k, v = _slices(query, key, value, row, block.start, block.end, block.keys, block.keys_end)
                     dq, dk, dv = block_kernels.backward(
-                        gradient[block.start : block.end, row].transpose(0, 1)[None],
-                        q,
-                        k,
-                        v,
-                        out[block.start : block.end, row].transpose(0, 1)[None],
-                        logsumexps[position],
+                        block.of_queries(upward),
+                        block.of_queries(q),
+                        block.of_keys(k),
+                        block.of_keys(v),
+                        block.of_queries(o),
+                        next(sums_of_blocks),
                         block.causal,
                         plan.mask(block),
                         ctx.scale,
                     )
-                    position += 1
-                    grad_query[block.start : block.end, row] = dq[0].transpose(0, 1)
-                    for whole, part in ((grad_key, dk), (grad_value, dv)):
-                        whole[block.keys : block.keys_end, row] += part[0].transpose(0, 1)
+                    block.of_queries(into_q).copy_(dq)
+                    block.add_to_keys(into_k, dk)
+                    block.add_to_keys(into_v, dv)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def _slices(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    row: int,
-    start: int,
-    end: int,
-    keys: int,
-    keys_end: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A block's query, key and value as (1, heads, tokens, d) views."""
-    return (
-        query[start:end, row].transpose(0, 1)[None],
-        key[keys:keys_end, row].transpose(0, 1)[None],
-        value[keys:keys_end, row].transpose(0, 1)[None],
-    )
+def _heads_first(tensor: torch.Tensor, row: int) -> torch.Tensor:
+    """(tokens, b, heads, d) -> (1, heads, tokens, d), a view."""
+    return tensor[:, row].transpose(0, 1)[None]

@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from megatron_vlm.model import flash
+from megatron_vlm.model import block_kernels, flash
 
 #: Batches of one call on CUDA, whose kernels count them in the dimension of their grid that ends at 65,535. A
 #: micro-batch of small windows has more.
@@ -49,7 +49,7 @@ class FullAttention(nn.Module):
             part = slice(start, start + most)
             mask = None if visible is None else visible[part]
             q, k, v = query[part], key[part], value[part]
-            parts.append(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale))
+            parts.append(_attend(q, k, v, mask, self.scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -83,6 +83,37 @@ class CropAttention(nn.Module):
         if self.kernel == "flash":
             out = flash.attend_crops(query[:, 0], key[:, 0], value[:, 0], self.tokens, self.scale)
             return out.flatten(1)[:, None]
-        crops = (x.unflatten(0, (-1, self.tokens))[:, :, 0].transpose(1, 2) for x in (query, key, value))
-        out = nn.functional.scaled_dot_product_attention(*crops, scale=self.scale)
+        query, key, value = (x.unflatten(0, (-1, self.tokens))[:, :, 0].transpose(1, 2) for x in (query, key, value))
+        out = _attend(query, key, value, None, self.scale)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)[:, None]
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """Query (batch, heads, queries, size), key and value (batch, heads, keys, size), visible None or bool (batch, 1, 1,
+    keys) -> (batch, heads, queries, size)."""
+    if block_kernels.in_float32(query, key):
+        return _InFloat32.apply(query, key, value, visible, scale)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale)
+
+
+class _InFloat32(torch.autograd.Function):
+    """As one function because autograd would keep the float32 copies for backward."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, visible, scale):
+        mask = None
+        if visible is not None:
+            mask = torch.zeros(visible.shape).masked_fill_(~visible, block_kernels.UNSEEN)
+        out, logsumexp = block_kernels.forward(query, key, value, False, mask, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, logsumexp, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, out, logsumexp, mask = ctx.saved_tensors
+        grads = block_kernels.backward(gradient, query, key, value, out, logsumexp, False, mask, ctx.scale)
+        return *(each.to(gradient.dtype) for each in grads), None, None

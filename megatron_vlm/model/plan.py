@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_vlm.batch import PAD, PREFIX_BRANCH
+from megatron_vlm.model.block_kernels import UNSEEN
 from megatron_vlm.model.mask import Mark, Places, places, visible
 
 #: Queries in a block that needs a mask. A mask holds QUERIES x keys numbers.
 QUERIES = 256
+#: Tokens of branches, at least, that make a block of their own where others follow: so the branches before them, of
+#: which they see nothing, are left out. Below it another call costs more than what is left out.
+BRANCHES = 64
 #: Numbers of masks that a plan keeps per token of its row; masks beyond are made anew at each use.
 KEPT_PER_TOKEN = 512
 #: Rows whose plans are kept: the layers of a few micro-batches in flight.
 ROWS = 16
-#: Added to the score of a key that may not be seen. Finite, so that a run of unseen keys gives no NaN in a kernel that
-#: works through keys run by run; its exponential is exactly 0 beside any score that is seen.
-UNSEEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,31 @@ class Block:
     """All queries see the same keys: one row of a mask serves them."""
     seen: int = 0
     """Every query sees the keys [keys, seen)."""
+    prefix: tuple[int, int] = (0, 0)
+    """Keys [first, last) that come before those, which every query sees; what stands between them nobody sees."""
     kept: torch.Tensor | None = None
     """The mask, if it is kept."""
+
+    def of_queries(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block's queries of (1, heads, queries of the plan, d): a view."""
+        return tensor.narrow(2, self.start, self.end - self.start)
+
+    def of_keys(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block's keys of (1, heads, tokens of the row, d): a view, or a copy where there is a prefix."""
+        own = tensor.narrow(2, self.keys, self.keys_end - self.keys)
+        return torch.cat((tensor.narrow(2, self.prefix[0], self.before), own), 2) if self.before else own
+
+    def add_to_keys(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
+        """The inverse of `of_keys`: add `part` to these places of `tensor`."""
+        if self.before:
+            tensor.narrow(2, self.prefix[0], self.before).add_(part.narrow(2, 0, self.before))
+            part = part.narrow(2, self.before, part.shape[2] - self.before)
+        tensor.narrow(2, self.keys, self.keys_end - self.keys).add_(part)
+
+    @property
+    def before(self) -> int:
+        """Keys in `prefix`."""
+        return self.prefix[1] - self.prefix[0]
 
 
 class Plan:
@@ -62,8 +86,8 @@ class Plan:
             self._cut(start, end)
 
     def mask(self, block: Block) -> torch.Tensor | None:
-        """Numbers to add to the scores, float32 (queries, keys), one row where all queries are alike; None where
-        nothing is masked (or all is causal)."""
+        """Numbers to add to the scores, float32 (queries, keys), those of the prefix first, one row where all queries
+        are alike; None where nothing is masked (or all is causal)."""
         if not block.masked:
             return None
         return self._additive(block) if block.kept is None else block.kept
@@ -84,16 +108,25 @@ class Plan:
             return
         last_image = start + int(images[-1]) + 1 if len(images) else start
         prefix_end = start + int((branch == PREFIX_BRANCH).sum())
-        for at in range(first, last, QUERIES):
+        begins = [] if bool(vision[prefix_end - start :].any()) else _branches(branch, start)
+        at = first
+        while at < last:
             stop = min(at + QUERIES, last)
+            keys, prefix = start, (0, 0)
+            if begins:
+                stop = min([stop, *(begin for begin in begins if begin - at >= BRANCHES)])
+                own = max(begin for begin in begins if begin <= at)
+                if own > prefix_end:
+                    keys, prefix = own, (start, prefix_end)
             inside = slice(at - start, stop - start)
             looks_ahead = bool(vision[inside].any())
             keys_end = max(stop, last_image) if looks_ahead else stop
             in_prefix = stop <= prefix_end
             # The tokens of an image block see each other, what stands before the block, and the same tokens behind.
             alike = stop - at == 1 or (in_prefix and bool(vision[inside].all()))
-            seen = min(at, prefix_end)
-            self._add(Block(at - offset, stop - offset, start, keys_end, alike=alike, seen=max(start, seen)))
+            seen = max(keys, min(at, prefix_end))
+            self._add(Block(at - offset, stop - offset, keys, keys_end, alike=alike, seen=seen, prefix=prefix))
+            at = stop
 
     def _add(self, block: Block) -> None:
         at = block.start + self.queries[0]
@@ -101,7 +134,7 @@ class Plan:
             self.blocks.append(block)
             return
         block = replace(block, masked=True)
-        numbers = (1 if block.alike else block.end - block.start) * (block.keys_end - block.keys)
+        numbers = (1 if block.alike else block.end - block.start) * (block.before + block.keys_end - block.keys)
         if numbers <= self._budget:
             self._budget -= numbers
             block = replace(block, kept=self._additive(block))
@@ -112,8 +145,9 @@ class Plan:
         by one."""
         at, end = (place + self.queries[0] for place in (block.start, block.end))
         stop = at + 1 if block.alike else end
-        mask = torch.zeros(stop - at, block.keys_end - block.keys, dtype=torch.float32, device=self.row.device)
-        mask[:, block.seen - block.keys : end - block.keys].masked_fill_(~self._sees(at, stop, block.seen, end), UNSEEN)
+        first = block.keys - block.before  # the key in the mask's first column, were there no gap
+        mask = torch.zeros(stop - at, block.keys_end - first, dtype=torch.float32, device=self.row.device)
+        mask[:, block.seen - first : end - first].masked_fill_(~self._sees(at, stop, block.seen, end), UNSEEN)
         if block.keys_end > end:
             # Of what stands behind the block, queries of one branch see the same if both are or are not of an image.
             kinds, kind = torch.unique(
@@ -123,7 +157,7 @@ class Plan:
             sees = visible(query, Places(*(x[None, end : block.keys_end] for x in self._places)))
             behind = torch.zeros(sees.shape, dtype=mask.dtype, device=mask.device).masked_fill_(~sees, UNSEEN)
             for each, row in enumerate(behind):
-                mask[kind == each, end - block.keys :] = row
+                mask[kind == each, end - first :] = row
         return mask
 
     def _sees(self, at: int, stop: int, keys: int, keys_end: int) -> torch.Tensor:
@@ -171,3 +205,12 @@ def _runs(examples: torch.Tensor) -> list[tuple[int, int]]:
             found.append((at, at + count))
         at += count
     return found
+
+
+def _branches(branch: torch.Tensor, start: int) -> list[int]:
+    """Where the prefix and each branch of an example begin in the row, from its tokens' branch numbers and its first
+    token. Empty where a branch stands in two places."""
+    values, counts = torch.unique_consecutive(branch, return_counts=True)
+    if len(values.unique()) < len(values) or bool((values[1:] == PREFIX_BRANCH).any()):
+        return []
+    return (start + counts.cumsum(0) - counts).tolist()

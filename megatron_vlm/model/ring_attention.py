@@ -53,6 +53,10 @@ def parts(plans: Sequence[Plan], start: int, end: int) -> Iterator[Part]:
     """What the plans' queries have to do with the keys at [start, end) of the rows."""
     for row, plan in enumerate(plans):
         for block in plan.blocks:
+            queries = slice(block.start, block.end)
+            keys, keys_end = max(block.prefix[0], start), min(block.prefix[1], end)
+            if keys < keys_end:
+                yield Part(row, queries, slice(keys - start, keys_end - start), False, None)
             keys, keys_end = max(block.keys, start), min(block.keys_end, end)
             if keys >= keys_end:
                 continue
@@ -60,10 +64,11 @@ def parts(plans: Sequence[Plan], start: int, end: int) -> Iterator[Part]:
             if block.masked and keys_end > block.seen:
                 mask = plan.mask(block)
                 assert mask is not None
-                mask = mask[:, keys - block.keys : keys_end - block.keys]
+                column = keys - block.keys + block.before
+                mask = mask[:, column : column + keys_end - keys]
             # A causal block begins where its example or the rank's chunk does: its keys are all of this rank.
             assert not block.causal or (keys, keys_end) == (block.keys, block.keys_end)
-            yield Part(row, slice(block.start, block.end), slice(keys - start, keys_end - start), block.causal, mask)
+            yield Part(row, queries, slice(keys - start, keys_end - start), block.causal, mask)
 
 
 def _padded(key: torch.Tensor, value: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:

@@ -94,11 +94,12 @@ class Stepper:
         Raises FloatingPointError, before anything is updated, where loss or gradients are not finite and nobody judges.
         """
         assert self.optimizer is not None
-        for model in self.models:
-            if not model.training:
-                model.train()
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        # The optimizer's gradients are views of these buffers, which prepare_grads takes anew: nothing else to clear.
+        with cpu.direct():
+            for model in self.models:
+                if not model.training:
+                    model.train()
+                model.zero_grad_buffer()
         self.pulse.enter("collective")
         weight, work = self._measure(micro_batches)
         if weight == 0:
@@ -160,9 +161,10 @@ class Stepper:
     def _measure(self, micro_batches: Sequence[Batch]) -> tuple[float, Work]:
         """Sum of the loss weights, and what is to be computed, of the global batch."""
         numbers = torch.zeros(1 + len(fields(Work)), dtype=torch.float64)
-        for batch in micro_batches:
-            weight = batch.loss_weights.sum(dtype=torch.float64).item()
-            numbers += torch.tensor([weight, *astuple(work_of(batch))], dtype=torch.float64)
+        with cpu.direct():
+            for batch in micro_batches:
+                weight = batch.loss_weights.sum(dtype=torch.float64).item()
+                numbers += torch.tensor([weight, *astuple(work_of(batch))], dtype=torch.float64)
         numbers = numbers.to(self.device)
         groups.add_up(numbers, groups.data())
         weight, *counts = numbers.tolist()

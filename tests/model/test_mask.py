@@ -43,13 +43,14 @@ def from_plan(row: torch.Tensor, first: int = 0, last: int | None = None) -> tor
     plan = plans.Plan(row, first, last)
     sees = torch.zeros(plan.queries[1] - first, row.shape[1], dtype=torch.bool)
     for block in plan.blocks:
-        shape = (block.end - block.start, block.keys_end - block.keys)
+        keys = [*range(*block.prefix), *range(block.keys, block.keys_end)]
+        shape = (block.end - block.start, len(keys))
         mask = plan.mask(block)
         part = torch.ones(shape, dtype=torch.bool) if mask is None else mask == 0
         if block.causal:
             assert mask is None and shape[0] == shape[1]
             part = part.tril()
-        sees[block.start : block.end, block.keys : block.keys_end] |= part
+        sees[block.start : block.end, keys] |= part
     return sees
 
 
@@ -87,10 +88,10 @@ def rows(draw):
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows(), st.integers(1, 9), st.integers(0, 8))
-def test_plans_are_the_rule(row, queries, kept):
-    saved = plans.QUERIES, plans.KEPT_PER_TOKEN
-    plans.QUERIES, plans.KEPT_PER_TOKEN = queries, kept
+@given(rows(), st.integers(1, 9), st.integers(1, 9), st.integers(0, 8))
+def test_plans_are_the_rule(row, queries, branches, kept):
+    saved = plans.QUERIES, plans.BRANCHES, plans.KEPT_PER_TOKEN
+    plans.QUERIES, plans.BRANCHES, plans.KEPT_PER_TOKEN = queries, branches, kept
     try:
         expected = dense(row)
         assert torch.equal(from_rule(row), expected)
@@ -99,7 +100,7 @@ def test_plans_are_the_rule(row, queries, kept):
         parts = [from_plan(row, *part) for part in zip(cuts, cuts[1:], strict=False)]
         assert torch.equal(torch.cat(parts), expected)
     finally:
-        plans.QUERIES, plans.KEPT_PER_TOKEN = saved
+        plans.QUERIES, plans.BRANCHES, plans.KEPT_PER_TOKEN = saved
 
 
 def test_plan_of_full_size_blocks_is_the_rule():
@@ -108,7 +109,22 @@ def test_plan_of_full_size_blocks_is_the_rule():
     tokens += [(0, 2, False)] * 300 + [(1, 0, False)] * 10
     row = row_of(tokens)
     assert torch.equal(from_plan(row), from_rule(row))
-    assert len(plans.Plan(row).blocks) == -(-708 // plans.QUERIES) + 1
+    # 406 tokens of the prefix, 302 of branches, the other example.
+    assert len(plans.Plan(row).blocks) == -(-406 // plans.QUERIES) + -(-302 // plans.QUERIES) + 1
+
+
+def test_branches_are_asked_about_the_prefix_and_their_neighbours_only():
+    """A prefix of 19 tokens and nine branches of 25: blocks of two, three, three and one branch."""
+    tokens = [(0, PREFIX_BRANCH, 0 < i < 17) for i in range(19)]
+    row = row_of(tokens + [(0, branch, False) for branch in range(9) for _ in range(25)])
+    assert torch.equal(from_plan(row), from_rule(row))
+    asked = [(block.end - block.start, block.before + block.keys_end - block.keys) for block in plans.Plan(row).blocks]
+    assert asked == [(69, 69), (75, 19 + 75), (75, 19 + 75), (25, 19 + 25)]
+
+
+def test_a_branch_in_two_places_is_the_rule():
+    row = row_of([(0, PREFIX_BRANCH, False)] * 3 + [(0, b, False) for b in (0, 1, 0, 2) for _ in range(70)])
+    assert torch.equal(from_plan(row), from_rule(row))
 
 
 def test_an_example_in_two_places_is_refused():
