@@ -5,7 +5,7 @@ Places are fractions of the picture, as in Point and Place; h, w are pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -46,17 +46,23 @@ class Mark(NamedTuple):
     """Pixels from the middle to the edge; 0 = by the picture's size."""
 
 
-def marked(pixels: np.ndarray, marks: Iterable[Mark], title: str = "") -> Image.Image:
-    """(h, w, 3) uint8 pixels, enlarged where small, with marks on them and a line of text above."""
+def marked(pixels: np.ndarray, marks: Iterable[Mark], title: str = "", side: int = 0) -> Image.Image:
+    """(h, w, 3) uint8 pixels, enlarged where small, with marks on them and a line of text above.
+
+    side: the longer side has at most so many pixels, so that marks and text stay as large as they are drawn; 0 = any.
+    """
     image = Image.fromarray(pixels)
-    scale = max(1, SHOWN_SIDE // max(image.size))
+    if side and max(image.size) > side:
+        image.thumbnail((side, side))
+    scale = max(1, (side or SHOWN_SIDE) // max(image.size))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     top = TITLE if title else 0
     canvas = Image.new("RGB", (image.width, image.height + top), "white")
     canvas.paste(image, (0, top))
     pen = ImageDraw.Draw(canvas)
     if title:
-        pen.text((4, 2), title, fill="black", font=ImageFont.load_default(12))
+        font = ImageFont.load_default(12)
+        pen.text((4, 2), _shortened(title, lambda text: 8 + pen.textlength(text, font) <= canvas.width), "black", font)
     for mark in marks:
         size = mark.size or max(6, min(image.size) // 40)
         _draw(pen, mark, mark.x * image.width, mark.y * image.height + top, size)
@@ -73,8 +79,16 @@ def _draw(pen: ImageDraw.ImageDraw, mark: Mark, x: float, y: float, size: int) -
             pen.line((x - size, y - size, x + size, y + size), fill=color, width=width)
             pen.line((x - size, y + size, x + size, y - size), fill=color, width=width)
     if mark.text:
-        font = ImageFont.load_default(13)
-        pen.text((x + size + 2, y - size - 6), mark.text, mark.color, font, stroke_width=2, stroke_fill="black")
+        font = ImageFont.load_default(14)
+        length, right = pen.textlength(mark.text, font), x + size + 3
+        left = right if right + length < pen.im.size[0] else x - size - 3 - length  # not over the picture's edge
+        pen.text((left, max(1, y - size - 6)), mark.text, mark.color, font, stroke_width=1, stroke_fill="black")
+
+
+def _shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """The text, or as much of its beginning as fits."""
+    ends = (text, *(text[:count].rstrip() + "..." for count in range(len(text) - 1, 0, -1)))
+    return next((one for one in ends if fits(one)), "")
 
 
 def crosses(said: Sequence[Place], at: float) -> list[Mark]:
@@ -143,6 +157,8 @@ class Film:
     title: str = ""
     true: object = None
     """The right answer, drawn as rings."""
+    side: int = 0
+    """Most pixels of a frame's longer side. 0 = small ones are enlarged, no other is changed."""
 
     def write(self, path: Path) -> int:
         """As an MP4 (H.264); returns how many frames it has."""
@@ -162,7 +178,8 @@ class Film:
         said, true = points.parse(self.said), true_places(self.true)
         frames = video.read(self.data, self.timeline, [self.start + at for at in moments], name="film")
         for at, pixels in zip(moments, frames, strict=True):
-            yield marked(pixels, [*on_film(true, at, true=True), *on_film(said, at)], f"{at:.1f} s  {self.title}")
+            marks = [*on_film(true, at, true=True), *on_film(said, at)]
+            yield marked(pixels, marks, f"{at:.1f} s  {self.title}", self.side)
 
 
 def film_moments(timeline: Timeline, seconds: float) -> np.ndarray:

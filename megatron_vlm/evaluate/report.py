@@ -140,7 +140,7 @@ def markdown(reports: Sequence[Report]) -> str:
     for report in reports:
         found = report["scores"]
         main = _main(found)
-        cells = [f"{report['task']} ({found['main']})", f"{found['questions']:,}", _percent(main), _interval(main),
+        cells = [f"{report['task']} ({found['main']})", f"{found['questions']:,}", percent(main), interval(main),
                  f"{sum(found['not_scored'].values()):,}",
                  *(_with_interval(_main(report[name])) if name in report else "" for name in others)]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -153,14 +153,16 @@ def _main(found: Report) -> Report:
     return found["scores"].get(found["main"], {"value": math.nan, "low": math.nan, "high": math.nan})
 
 
-def _percent(score: Report) -> str:
+def percent(score: Report) -> str:
+    """Its value; "" for NaN."""
     return "" if math.isnan(score["value"]) else f"{score['value']:.1%}"
 
 
-def _interval(score: Report) -> str:
+def interval(score: Report) -> str:
+    """Its ends; "" where there is none."""
     return "" if math.isnan(score["low"]) else f"{score['low']:.1%} to {score['high']:.1%}"
 
 
 def _with_interval(score: Report) -> str:
-    interval = _interval(score)
-    return f"{_percent(score)} ({interval})" if interval else _percent(score)
+    found = interval(score)
+    return f"{percent(score)} ({found})" if found else percent(score)

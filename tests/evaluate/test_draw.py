@@ -35,6 +35,17 @@ def test_marks_lie_where_their_fractions_say():
     assert small.size == (320, 320 + draw.TITLE), "small pictures are enlarged, a title has a line of its own"
 
 
+def test_words_stay_on_the_picture_and_large_pictures_are_reduced():
+    ground = np.full((64, 64, 3), 90, np.uint8)
+    alone, numbered = (np.asarray(draw.marked(ground, [draw.Mark(0.99, 0.01, "#00c7be", text=t)])) for t in ("", "7"))
+    added = np.nonzero((alone != numbered).any(2))
+    assert len(added[0]) > 20 and added[0].min() > 0 and added[1].max() < 0.99 * 320, "left of a mark at the right edge"
+    long = np.asarray(draw.marked(ground, [], "How many of them are there? " * 9))[: draw.TITLE]
+    assert (long[:, -4:] == 255).all() and (long < 128).any(), "a title too long is shortened, not cut"
+    assert draw.marked(np.zeros((300, 600, 3), np.uint8), [], side=130).size == (130, 65)
+    assert draw.marked(ground, [], side=130).size == (128, 128)
+
+
 def test_each_image_gets_its_own_places():
     said = parse('<points coords="1 1 100 100;2 2 900 900 3 500 500">cats</points>')
     assert [[mark.text for mark in draw.crosses(said, number)] for number in (1, 2, 3)] == [["1"], ["2", "3"], []]
