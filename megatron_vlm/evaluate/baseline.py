@@ -22,12 +22,13 @@ MOST_READ = 20_000
 
 
 def guesses(shards: Shards, task: Task, samples: Sequence[Example]) -> list[list[str]] | None:
-    """The words for each sample and branch; None where the data set has no training split."""
-    count = shards.count(task.data, "train")
+    """The words for each sample and branch; None where there is no training split of the kind."""
+    data = task.usual if task.usual in shards.datasets else task.data
+    count = shards.count(data, "train")
     if not count:
         return None
     read = min(count, MOST_READ)
-    usual = Usual([b for i in range(read) for b in shards.example(task.data, "train", i * count // read).branches])
+    usual = Usual([b for i in range(read) for b in shards.example(data, "train", i * count // read).branches])
     return [[usual.answer(branch, film=bool(sample.video)) for branch in sample.branches] for sample in samples]
 
 

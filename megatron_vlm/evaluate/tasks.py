@@ -39,6 +39,8 @@ class Task:
     """Of the manifest. "" = as the task."""
     radius: float = 0.0
     """How far from a place without a mask a hit may lie, as a share of the longer side. 0 = the data set must say."""
+    usual: str = ""
+    """Data set whose training split has the usual answers, those of `baseline`. "" = its own."""
 
     @property
     def data(self) -> str:
@@ -54,7 +56,7 @@ def _tasks(kind: str, max_new_tokens: int, *names: str, **more: Any) -> dict[str
 #: the longest answers that Molmo2's evaluation allows.
 TASKS: dict[str, Task] = {
     **_tasks("answer", 8, "easy_vqa"),
-    **_tasks("pointing", 96, "pointing", "pointing_new"),
+    **_tasks("pointing", 96, "pointing", "pointing_new", usual="pointing"),
     **_tasks("count", 128, "counting"),
     **_tasks("answer", 24, "vqa", "video_vqa"),
     **_tasks("caption", 256, "captions", "video_caption"),

@@ -1,7 +1,8 @@
 """What can be said without looking: by hand."""
 
-from megatron_vlm.data.example import Branch, Point, Points, Tracks, Turn
-from megatron_vlm.evaluate.baseline import Usual
+from megatron_vlm.data.example import Branch, Example, Point, Points, Tracks, Turn
+from megatron_vlm.evaluate import tasks
+from megatron_vlm.evaluate.baseline import Usual, guesses
 
 
 def said(style: str, prompt: str, answer: object) -> Branch:
@@ -39,3 +40,18 @@ def test_tracks_are_at_the_medians_of_each_moment():
     # At 0.5 s only one of three is seen.
     found = usual.answer(track((0.0, 0.0, 0.0)), film=True)
     assert found == '<tracks coords="0.0 1 300 400">car</tracks>'
+
+
+def test_a_set_without_a_training_split_has_the_usual_answers_of_the_one_it_is_like():
+    class Shards:
+        datasets = ("pointing", "pointing_new", "pixmo_points_eval")
+
+        def count(self, dataset: str, split: str) -> int:
+            return 1 if (dataset, split) == ("pointing", "train") else 0
+
+        def example(self, dataset: str, split: str, index: int) -> Example:
+            return Example("a", (said("pointing", "cups", Points("cups", (Point(1, 0.25, 0.5),))),), ())
+
+    asked = [Example("b", (said("pointing", "boats", Points("boats", ())),), ())]
+    assert guesses(Shards(), tasks.find("pointing_new"), asked) == [['<points coords="1 1 250 500">boats</points>']]
+    assert guesses(Shards(), tasks.find("pixmo_points_eval"), asked) is None
