@@ -32,7 +32,7 @@ class Counts:
     """At most so many images of each published split."""
     train_scenes: int = 12_000
     validation_scenes: int = 200
-    test_scenes: int = 400
+    test_scenes: int = 1200
     new_kind_scenes: int = 200
     train_films: int = 2000
     validation_films: int = 40
