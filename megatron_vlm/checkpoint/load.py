@@ -64,6 +64,7 @@ def load(
     beside = {name for _, metadata in folders[1:] for name in metadata.state_dict_metadata}
     shared, own = sharded.divide(contents, lambda entry: any(each.key in beside for each in sharded.tensors([entry])))
     mine = frozen.held(frozen.split(contents)[0])
+    moments = [tensor.data for tensor in sharded.tensors(contents.get("optimizer", {}))]
     with unpickle.only_weights(), reading:
         loaded = dist_checkpointing.load(own, str(record.path))
         for path, _ in folders[1:]:
@@ -77,7 +78,7 @@ def load(
     for path, metadata in folders[1:]:
         frozen.note_loaded(mine, metadata, verify.reference(path))
     if optimizer is not None and sharded.trains(optimizer):
-        sharded.fill_optimizer(optimizer, loaded["optimizer"])
+        sharded.fill_optimizer(optimizer, loaded["optimizer"], moments)
     return record.state
 
 

@@ -1,11 +1,15 @@
 """The sharded state of model chunks and optimizer: what saving writes and loading fills, for any parallel layout.
 
 Tensors carry their place in the whole model, so a checkpoint knows no layout. The optimizer's moments and float32
-copies are stored in the shape of the parameters (Megatron's `fully_reshardable`).
+copies have the shape of the parameters, and every rank writes and reads its own part of them alone: the distributed
+optimizer's run of a flattened parameter is a few boxes of it. (Megatron's `fully_reshardable` puts the same tensors
+into a checkpoint, but gathers a replica's on one rank to save and gives all of them to every rank to load; its
+`dp_reshardable` gathers nothing, but only the same tensor and pipeline degrees, and the same buckets, can load it.)
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,21 +63,15 @@ def unwrap(model: Any) -> torch.nn.Module:
 def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
     """Sharded state of this rank: `model0`, `model1`, ... by virtual stage, and `optimizer` unless it is None.
 
-    Collective over the data-parallel ranks. Data of the model's tensors are the parameters themselves, so loading fills
-    them in place. A rank whose stage trains nothing carries the optimizer's common settings of one that does.
+    Collective unless `is_loading`. Data are the parameters themselves and views of the optimizer's tensors, so loading
+    fills them in place. A rank whose stage trains nothing carries the optimizer's common settings of one that does.
     """
     state = build_models(models)
     if optimizer is None:
         return state
     if trains(optimizer):
         begin_moments(optimizer)
-        model_state = {name: state[name] for name in state}
-        made = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata())
-        for part in [made] if "param_state" in made else made.values():
-            part["param_state"] = (
-                part["param_state"] or {}
-            )  # None on ranks that write none of it: a difference for nothing
-        state["optimizer"] = made
+        state["optimizer"] = _build_optimizer(optimizer, state)
     if not is_loading:
         share_common(state, OPTIMIZER.rstrip("."))
     return state
@@ -88,14 +86,99 @@ def build_models(models: Sequence[Any]) -> dict[str, Any]:
 
 def metadata() -> dict[str, Any]:
     """How Megatron is to make a sharded state."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # The states pass over gloo through the first data-parallel rank; gathered on all they would fill the devices.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "chained_optim_avoid_prefix": True,
-        "singleton_local_shards": False,
-        "dp_cp_group": groups.data_and_context(),
+    return {"singleton_local_shards": False, "dp_cp_group": groups.data_and_context()}
+
+
+def _build_optimizer(optimizer: Any, models: State) -> dict[Any, Any]:
+    """The sharded state of an optimizer that has moments; `models`: of what it trains.
+
+    What is not sharded is as Megatron has it, for one optimizer or by number for several.
+    """
+    entries = {
+        entry.data: entry
+        for value in models.values()
+        for entry in value.values()
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
+    made = [
+        part.state_dict()
+        | {
+            "param_state": dict(
+                enumerate(
+                    block
+                    for parameter, start, values in _owned(part)
+                    for block in _blocks(entries[parameter], parameter, start, values)
+                )
+            )
+        }
+        for part in parts(optimizer)
+    ]
+    return made[0] if len(made) == 1 else dict(enumerate(made))
+
+
+def _owned(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:
+    """The parameters of which this rank has a run of numbers to optimize: where it starts in the flattened parameter,
+    and its float32 numbers and moments by name, each flat."""
+    for buffers in part.gbuf_ranges:
+        for buckets in buffers.values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    group, place = part.model_param_group_index_map[parameter]
+                    main = part.optimizer.param_groups[group]["params"][place]
+                    moments = {name: value for name, value in part.optimizer.state[main].items() if name != "step"}
+                    yield parameter, ranges["param"].start, {"param": main.detach(), **moments}
+
+
+def _blocks(
+    entry: ShardedTensor | ShardedTensorFactory,
+    parameter: torch.nn.Parameter,
+    start: int,
+    values: dict[str, torch.Tensor],
+) -> Iterator[ShardedTensor]:
+    """A run of numbers from `start` of a flattened parameter as boxes of the whole model's tensor."""
+    end = start + len(values["param"])
+    for shard in tensors([entry]):
+        assert shard.data is not None and shard.data.is_contiguous()
+        shape = (*[1] * shard.prepend_axis_num, *shard.data.shape)
+        first = shard.data.storage_offset() - parameter.storage_offset()  # a factory makes several of a parameter
+        low, high = max(start, first), min(end, first + shard.data.numel())
+        at = low - start
+        for offsets, sizes in boxes(shape, low - first, high - first):
+            count = math.prod(sizes)
+            for name, flat in values.items():
+                yield ShardedTensor(
+                    key=f"{OPTIMIZER}state.{name}.{shard.key}",
+                    data=flat[at : at + count].view(sizes),
+                    dtype=flat.dtype,
+                    local_shape=sizes,
+                    global_shape=shard.global_shape,
+                    global_offset=tuple(map(sum, zip(shard.global_offset, offsets, strict=True))),
+                    axis_fragmentations=None,
+                    # Data-parallel ranks hold different numbers; other copies of the parameter are copies here too.
+                    replica_id=(*shard.replica_id[:-1], 0),
+                )
+            at += count
+
+
+def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offsets and sizes of boxes that are, one after the other, the numbers `start` to `end` of a flattened array."""
+    inside = math.prod(shape[1:])
+    while start < end:
+        row, column = divmod(start, inside)
+        rows = (end - start) // inside
+        if column == 0 and rows:
+            yield (row, *[0] * (len(shape) - 1)), (rows, *shape[1:])
+            start += rows * inside
+            continue
+        stop = min(end, (row + 1) * inside)
+        for offsets, sizes in boxes(shape[1:], column, stop - row * inside):
+            yield (row, *offsets), (1, *sizes)
+        start = stop
+
+
+def parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers: several where groups of parameters have other data-parallel ranks."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def trains(optimizer: Any) -> bool:
@@ -103,7 +186,7 @@ def trains(optimizer: Any) -> bool:
     if getattr(optimizer, "is_stub_optimizer", False):
         return False
     # Groups exist, empty, also on a stage that trains nothing; gradient buffers do not.
-    return any(each.buffers for each in getattr(optimizer, "chained_optimizers", [optimizer]))
+    return any(each.buffers for each in parts(optimizer))
 
 
 def tensors(state: Any) -> Iterator[ShardedTensor]:
@@ -127,26 +210,27 @@ def divide(contents: State, inside: Callable[[Any], bool]) -> tuple[State, State
     return parts
 
 
-def fill_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """Put a loaded optimizer state into `optimizer`."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    parts = [loaded] if len(chained) == 1 else [loaded[index] for index in range(len(chained))]
-    for each, part in zip(chained, parts, strict=True):
-        parameters = part.pop("param_state")
-        each.load_state_dict(part)
-        # torch's Adam keeps the step beside each parameter's moments. Megatron 0.16.1 gives all of them one tensor,
-        # which the next step would advance once per parameter, and its loader of moments does not expect it there.
-        steps = [moments.pop("step", None) for moments in each.optimizer.state.values()]
-        each.load_parameter_state_from_fully_reshardable(parameters)
-        for moments, step in zip(each.optimizer.state.values(), steps, strict=True):
-            if step is not None:
-                moments["step"] = step.clone()
+def fill_optimizer(optimizer: Any, loaded: dict[Any, Any], own: list[torch.Tensor]) -> None:
+    """Put a loaded optimizer state into `optimizer`. own: the tensors of its sharded state before that was loaded."""
+    chained = parts(optimizer)
+    states = [loaded] if len(chained) == 1 else [loaded[index] for index in range(len(chained))]
+    found = [value for state in states for value in state.pop("param_state").values()]
+    for mine, value in zip(own, found, strict=True):
+        if mine.data_ptr() != value.data_ptr():
+            mine.copy_(value)
+    for each, state in zip(chained, states, strict=True):
+        each.load_state_dict(state)
+        # torch's Adam keeps the step beside each parameter's moments; Megatron 0.16.1 gives all of them one tensor,
+        # which the next step would advance once per parameter.
+        for moments in each.optimizer.state.values():
+            if "step" in moments:
+                moments["step"] = moments["step"].clone()
 
 
 def begin_moments(optimizer: Any) -> None:
     """Give an optimizer that has not stepped the moments it would start with: Megatron can neither save nor load it
     without."""
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for each in parts(optimizer):
         if not trains(each) or each.optimizer.state:
             continue
         each.init_state_fn(each.optimizer, each.config)
