@@ -96,7 +96,7 @@ def _rehearse(asked: argparse.Namespace, config: Config, layout: Layout, row: wo
     load_of_rank = workload.load(row, config, layout, asked.rank)
     out.print(_table(found, expected, names))
     expects = memory.of_stage(config, layout, at.pipeline, load_of_rank, cuda=False)
-    static = memory.static(config, layout, asked.rank)
+    static = memory.static(config, layout, asked.rank, cuda=False)
     out.print(
         f"Weights, gradients and optimizer: {done.static / GIB:.3f} GiB (planned {static.total / GIB:.3f}). "
         f"Peak: {done.peak / GIB:.3f} GiB (planned {expects.peak / GIB:.3f}, with buffers). "

@@ -80,6 +80,12 @@ class ParallelConfig:
     vision: str = "data"
     """data: each rank of a replica encodes its share of the crops with the whole tower and connector. tensor: their
     weights are sharded over the tensor-parallel ranks, which encode the same crops, those of their context rank."""
+    overlap_grad_reduce: bool | None = None
+    """Add gradients up over data and context ranks, bucket by bucket, while the backward pass of the last micro-batch
+    still runs. Not set = where the run uses CUDA: on a CPU the sums take their time from the backward pass."""
+    bucket_size: int = 0
+    """Numbers of a gradient bucket, where that overlaps; of the first pipeline stage, for each later chunk of layers
+    is one bucket. 0 = 40 million, or a million for each data-parallel rank if that is more."""
 
 
 @dataclass(frozen=True)

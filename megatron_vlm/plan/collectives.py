@@ -70,7 +70,7 @@ def of_rank(
     micro_batches = config.train.global_batch // (layout.data * config.train.micro_batch)
     found = [item for chunk in chunks for item in _chunk(config, layout, chunk, settings, load, micro_batches)]
     found += _pipeline(config, layout, stage_index, settings, load, micro_batches)
-    found += _step(config, layout, chunks, sources)
+    found += _step(config, layout, chunks, sources, settings.cuda)
     return [item for item in found if item.count and item.size and group_shape(item.group, layout)[0] > 1]
 
 
@@ -175,7 +175,7 @@ def _pipeline(
     yield Collective("send", "pipeline", size, (forward + backward) * times, "hidden states and gradients")
 
 
-def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: int) -> Iterator[Collective]:
+def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: int, cuda: bool) -> Iterator[Collective]:
     """Once a step: numbers of the loss, reductions of gradients, gathering of weights."""
     arch = presets.architecture(config.model)
     element = 4 if config.train.precision == "float32" else 2
@@ -192,7 +192,9 @@ def _step(config: Config, layout: Layout, chunks: list[params.Stage], sources: i
     averaged = summed = 0
     for chunk in chunks:
         parameters = params.of_stage(arch, chunk, layout.tensor, layout.vision_tensor)
-        sizes = params.bucket_sizes(parameters, config.model.freeze, layout.data * layout.context)
+        weights = layout.data * layout.context
+        bucket = params.bucket_numbers(config.parallel, layout.data, weights, cuda=cuda) if chunk.first else None
+        sizes = params.bucket_sizes(parameters, config.model.freeze, weights, bucket)
         for size in sizes:
             yield Collective("reduce_scatter", "weights", size * FLOAT, 1, "gradients")
             yield Collective("all_gather", "weights", size * element, 1, "weights")

@@ -83,15 +83,22 @@ class Memory:
         return self.static.total + self.buffers + sum(self.activations.values()) + self.working
 
 
-def static(config: Config, layout: Layout, rank: int) -> Static:
+def static(config: Config, layout: Layout, rank: int, *, cuda: bool) -> Static:
     """What `rank` holds."""
-    model, chosen = config.model, config.parallel.pipeline_layers
-    return _static(presets.architecture(model), layout, chosen, model.freeze, ELEMENT[config.train.precision], rank)
+    model, chosen, element = config.model, config.parallel.pipeline_layers, ELEMENT[config.train.precision]
+    bucket = params.bucket_numbers(config.parallel, layout.data, layout.data * layout.context, cuda=cuda)
+    return _static(presets.architecture(model), layout, chosen, model.freeze, element, rank, bucket)
 
 
 @lru_cache(maxsize=1024)
 def _static(
-    arch: Architecture, layout: Layout, chosen: tuple[int, ...], freeze: tuple[str, ...], element: int, rank: int
+    arch: Architecture,
+    layout: Layout,
+    chosen: tuple[int, ...],
+    freeze: tuple[str, ...],
+    element: int,
+    rank: int,
+    bucket: int | None,
 ) -> Static:
     at = layout.coordinates(rank)
     chunks = params.stages(arch, layout, chosen)[at.pipeline]
@@ -102,6 +109,7 @@ def _static(
             freeze,
             layout.data * layout.context,
             at.context + layout.context * at.data,
+            bucket if chunk.first else None,
         )
         parameters += (buffer.buffer + buffer.frozen) * element
         gradients += buffer.buffer * FLOAT
@@ -117,7 +125,7 @@ def of_stage(config: Config, layout: Layout, stage: int, load: Load, *, cuda: bo
     chunks = params.stages(arch, layout, config.parallel.pipeline_layers)[stage]
     parts = Parts(arch, settings(config, layout, cuda=cuda), load, frozenset(config.model.freeze))
     rank = next(r for r in range(layout.world) if layout.coordinates(r).pipeline == stage)
-    held = static(config, layout, rank)
+    held = static(config, layout, rank, cuda=cuda)
     found = [
         activations(segments(parts, chunk, config.train.recompute), carried=tied_gradient(config, chunk, layout))
         for chunk in chunks

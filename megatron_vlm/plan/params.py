@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_vlm.config.architecture import Architecture
+from megatron_vlm.config.schema import ParallelConfig
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.split import even_counts
 
@@ -18,6 +19,8 @@ from megatron_vlm.parallel.split import even_counts
 PARAMETER_ALIGNMENT = 64
 #: A bucket ends at a multiple of this and of the ranks that share it.
 BUCKET_ALIGNMENT = 128
+#: A bucket's numbers (Megatron's defaults): more would start late, fewer would leave the network idle.
+BUCKET_NUMBERS, BUCKET_NUMBERS_PER_RANK = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,17 @@ def of_stage(arch: Architecture, stage: Stage, tensor: int, encoder: int = 1) ->
         found += [Parameter(f"vision.{name}", shape, "vision") for name, shape in _vision(arch, encoder)]
         found += [Parameter(f"connector.{name}", shape, "connector") for name, shape in _connector(arch, encoder)]
     return (*found, *_language(arch, stage, tensor))
+
+
+def bucket_numbers(parallel: ParallelConfig, data: int, weights: int, *, cuda: bool) -> int | None:
+    """Numbers at which a gradient bucket of the first chunk is full; None = reductions do not overlap: one bucket.
+
+    data, weights: data-parallel ranks, and ranks that hold the same weights (data x context).
+    """
+    asked = parallel.overlap_grad_reduce
+    if weights == 1 or not (cuda if asked is None else asked):
+        return None
+    return parallel.bucket_size or max(BUCKET_NUMBERS, BUCKET_NUMBERS_PER_RANK * data)
 
 
 Named = Iterator[tuple[str, tuple[int, ...]]]
@@ -224,10 +238,15 @@ class Buffers:
 
 
 @lru_cache(maxsize=1024)
-def buffers(parameters: tuple[Parameter, ...], frozen: tuple[str, ...], ranks: int, rank: int) -> Buffers:
-    """The buffers of a chunk on data-parallel rank `rank` of `ranks` (context-parallel ranks among them)."""
+def buffers(
+    parameters: tuple[Parameter, ...], frozen: tuple[str, ...], ranks: int, rank: int, bucket: int | None = None
+) -> Buffers:
+    """The buffers of a chunk on data-parallel rank `rank` of `ranks` (context-parallel ranks among them).
+
+    bucket: as in `bucket_sizes`.
+    """
     shard = pieces = end = 0
-    for start, end, places in _buckets(parameters, frozen, ranks):
+    for start, end, places in _buckets(parameters, frozen, ranks, bucket):
         size = (end - start) // ranks
         low, high = start + rank * size, start + (rank + 1) * size
         for begin, stop in places:
@@ -240,9 +259,14 @@ def buffers(parameters: tuple[Parameter, ...], frozen: tuple[str, ...], ranks: i
 
 
 @lru_cache(maxsize=1024)
-def bucket_sizes(parameters: tuple[Parameter, ...], frozen: tuple[str, ...], ranks: int) -> tuple[int, ...]:
-    """Numbers in each part of the buffer that is reduced and gathered by itself."""
-    return tuple(end - start for start, end, _ in _buckets(parameters, frozen, ranks))
+def bucket_sizes(
+    parameters: tuple[Parameter, ...], frozen: tuple[str, ...], ranks: int, bucket: int | None = None
+) -> tuple[int, ...]:
+    """Numbers in each part of the buffer that is reduced and gathered by itself.
+
+    bucket: numbers at which one is full, None = never.
+    """
+    return tuple(end - start for start, end, _ in _buckets(parameters, frozen, ranks, bucket))
 
 
 @lru_cache(maxsize=1024)
@@ -266,7 +290,7 @@ def _summed(name: str, sequence: bool) -> bool:
 
 
 def _buckets(
-    parameters: Sequence[Parameter], frozen: Collection[str], ranks: int
+    parameters: Sequence[Parameter], frozen: Collection[str], ranks: int, bucket: int | None
 ) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """Beginning and end of each bucket in the buffer, and of the parameters in it."""
     multiple = math.lcm(ranks, BUCKET_ALIGNMENT)
@@ -282,7 +306,7 @@ def _buckets(
             places = []
         places.append((at, at + parameter.numel))
         at += parameter.numel
-        if parameter.own_bucket:
+        if parameter.own_bucket or (bucket is not None and at - start >= bucket):
             yield start, _up(at, multiple), places
             at = start = _up(at, multiple)
             places = []

@@ -17,6 +17,9 @@ from megatron_vlm.plan.parts import Parts
 #: Collectives that run between micro-batches, so that a pipeline can hide nothing of them.
 PER_STEP = ("data", "weights", "world", "embedding")
 
+#: Share of a micro-batch's time that its backward pass takes.
+BACKWARD = 2 / 3
+
 
 @dataclass(frozen=True)
 class StageTime:
@@ -45,7 +48,7 @@ class StepTime:
     micro_batches: int
     bubble: float
     reduce: float
-    """Gradients and weights between data-parallel ranks: not overlapped with backward."""
+    """Gradients and weights between data-parallel ranks, beyond what the backward pass hides."""
     optimizer: float
     mfu: float
     flops: int
@@ -85,17 +88,20 @@ def step(config: Config, layout: Layout, cluster: Cluster, row: workload.Row) ->
     settings = memory.settings(config, layout, cuda=True)
     parts = Parts(arch, settings, load, frozenset(config.model.freeze))
     micro_batches = config.train.global_batch // (layout.data * config.train.micro_batch)
-    stages, reduce = [], 0.0
+    bucket = params.bucket_numbers(config.parallel, layout.data, layout.data * layout.context, cuda=True)
+    stages: list[StageTime] = []
+    reduce = 0.0
     for index, chunks in enumerate(params.stages(arch, layout, config.parallel.pipeline_layers)):
         rank = index * layout.tensor * layout.context * layout.data
         talks = of_rank(config, layout, rank, settings, load)
         stages.append(_stage(config, layout, cluster, parts, chunks, talks, micro_batches))
         once = [talk for talk in talks if talk.group in PER_STEP or talk.what.startswith("gradients of")]
-        reduce = max(reduce, _seconds(once, layout, cluster))
+        sums = [_seconds([talk], layout, cluster) for talk in once if talk.what == "gradients"]
+        reduce = max(reduce, _seconds(once, layout, cluster) - _hidden(sums, stages) * (bucket is not None))
     slowest = max(stage.busy for stage in stages)
     others = sum(stage.busy for stage in stages) - slowest + sum(stage.send for stage in stages)
-    held = max((memory.static(config, layout, i * layout.world // layout.pipeline) for i in range(layout.pipeline)),
-               key=lambda static: static.optimizer)  # fmt: skip
+    stage_ranks = range(0, layout.world, layout.world // layout.pipeline)
+    held = max((memory.static(config, layout, r, cuda=True) for r in stage_ranks), key=lambda static: static.optimizer)
     # Gradient, moments and weight read, moments and weights written; torch's AdamW passes over them several times.
     touched = 3 * held.optimizer + held.gradients * 2
     flops = cost.training(arch, workload.work(row, config.train.global_batch), config.model.freeze)
@@ -144,6 +150,16 @@ def _stage(
         _seconds(sent, layout, cluster) / micro_batches,
         arithmetic,
     )
+
+
+def _hidden(sums: Sequence[float], stages: Sequence[StageTime]) -> float:
+    """Seconds that the sums of gradients of the last of `stages` take while a backward pass runs.
+
+    The first stage's last bucket starts when all is over. Others are ready while the stages before still go back.
+    """
+    first, *_ = stages
+    going = sum(stage.busy for stage in stages[:-1] or (first,)) * BACKWARD
+    return min(going, sum(sums[:-1]) if len(stages) == 1 else sum(sums))
 
 
 def _seconds(talks: Sequence[Collective], layout: Layout, cluster: Cluster) -> float:

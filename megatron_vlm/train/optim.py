@@ -22,7 +22,9 @@ from megatron_vlm.config.architecture import COMPONENTS
 from megatron_vlm.config.schema import Config, OptimConfig
 from megatron_vlm.model import kernels, linear
 from megatron_vlm.model.build import component_of
-from megatron_vlm.parallel import groups
+from megatron_vlm.parallel import cpu, groups
+from megatron_vlm.plan import params
+from megatron_vlm.train import overlap
 from megatron_vlm.train.schedule import learning_rate
 
 #: `lr_mult` of each component's groups. Megatron finds a loaded group by (wd_mult, lr_mult, ...) and not by its
@@ -37,20 +39,25 @@ def wrap(models: Sequence[torch.nn.Module], config: Config) -> list[DistributedD
 
     Sums, because the loss divisor is the weight of the global batch, which `step.py` applies afterwards.
     """
+    ranks = groups.data().size(), groups.data_and_context().size()
+    bucket = params.bucket_numbers(config.parallel, *ranks, cuda=not cpu.enabled())
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        # Without images the tower's gradients would never become ready, and an overlapped reduction waits for them.
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=bucket is not None,
+        bucket_size=bucket,
         overlap_param_gather=False,
     )
+    kind = DistributedDataParallel if bucket is None else overlap.OverlappingDataParallel
     wrapped = []
     for index, model in enumerate(models):
         model_config: Any = model.config
         model_config.calculate_per_token_loss = True  # gradients are summed over data-parallel ranks, not averaged
-        wrapped.append(DistributedDataParallel(model_config, settings, model, disable_bucketing=index > 0))
+        wrapped.append(kind(model_config, settings, model, disable_bucketing=index > 0))
         if kernels.choose(config).gradients == "fused":
             linear.fuse_gradients(model)
+    if bucket is not None:
+        overlap.connect(wrapped)
     return wrapped
 
 

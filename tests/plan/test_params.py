@@ -82,20 +82,24 @@ BUFFERS = [
     (tiny.TIED, Layout(8, tensor=2, pipeline=2), ("vision", "connector"), "float32"),
     (tiny.QWEN2_5, Layout(8, pipeline=2, virtual_pipeline=2), ("vision",), "float32"),
     (tiny.ARCH, Layout(7), (), "bf16"),
+    (tiny.ARCH, Layout(7), ("base_embeddings",), "bf16", 3000),
+    (tiny.TIED, Layout(8, pipeline=2, virtual_pipeline=2), (), "float32", 3000),
     (tiny.ARCH, Layout(4, tensor=2, context=2, vision="tensor"), (), "bf16"),
 ]
 
 
-@pytest.mark.parametrize("arch, layout, freeze, precision", BUFFERS)
-def test_static_memory(arch, layout, freeze, precision):
+@pytest.mark.parametrize("case", BUFFERS)
+def test_static_memory(case):
     """Bytes of weights, gradient buffer and optimizer state after a step of Megatron's optimizer, on every rank."""
     from megatron_vlm.plan import memory
 
+    arch, layout, freeze, precision, *bucket = case
     for rank in range(layout.world):
         config = tiny.config(arch, freeze=freeze, precision=precision, parallel=dict(
             tensor=layout.tensor, context=layout.context, pipeline=layout.pipeline,
-            virtual_pipeline=layout.virtual_pipeline, vision=layout.vision))  # fmt: skip
-        planned = memory.static(config, layout, rank)
+            virtual_pipeline=layout.virtual_pipeline, vision=layout.vision,
+            overlap_grad_reduce=bool(bucket), bucket_size=sum(bucket)))  # fmt: skip
+        planned = memory.static(config, layout, rank, cuda=False)
         assert measured_static(config, layout, rank) == dataclasses.astuple(planned), f"rank {rank}"
 
 

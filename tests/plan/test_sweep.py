@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megatron_vlm.config import load
 from megatron_vlm.plan import hardware, report, sweep, workload
+from megatron_vlm.plan import time as plan_time
 from tests.test_imports import ROOT
 
 
@@ -34,6 +35,18 @@ def test_more_virtual_stages_shrink_the_bubble_and_keep_more():
     )
     assert interleaved.time.bubble < plain.time.bubble
     assert sum(interleaved.memory[0].activations.values()) > sum(plain.memory[0].activations.values())
+
+
+def test_backward_hides_reductions_but_for_the_last_bucket_of_the_first_stage():
+    during, after = (
+        plan("molmo2_4b/stage2.yaml", "h100", 4, 8, f"parallel.overlap_grad_reduce={overlap}").time
+        for overlap in ("null", "false")
+    )
+    assert 0 < during.reduce < after.reduce and during.stages == after.stages
+    stages = [plan_time.StageTime(0, busy, 0, 0, 0) for busy in (6.0, 9.0)]  # four seconds of backward pass, and six
+    assert plan_time._hidden([3, 0.5, 0.25], stages[:1]) == 3.5
+    assert plan_time._hidden([3, 2, 1], stages[:1]) == 4
+    assert plan_time._hidden([3], stages) == 3 and plan_time._hidden([5], stages) == 4
 
 
 def test_recompute_trades_time_for_memory():

@@ -39,7 +39,8 @@ def _close(found, wanted):
 
 
 def test_losses_and_gradients_equal_those_of_one_process(folder, reference, pool):
-    ranks = pool(2).run(world.steps, world.config(folder), STEPS, timeout_s=120)
+    settings = world.config(folder, overlap_grad_reduce=True, bucket_size=20_000)  # 17 buckets
+    ranks = pool(2).run(world.steps, settings, STEPS, timeout_s=120)
     (wanted,) = reference
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"], wanted["losses"], rtol=1e-5)
