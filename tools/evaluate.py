@@ -3,12 +3,13 @@
     python tools/evaluate.py runs/tiny-stage3
     python tools/evaluate.py runs/tiny-stage3 --tasks easy_vqa pointing --limit 200 --out scores/
     torchrun --nproc-per-node 8 tools/evaluate.py runs/mine --tasks doc_qa chart_qa_weighted --manifest shards/
+    torchrun --nproc-per-node 8 tools/evaluate.py runs/large --tensor 2 --pipeline 2     # two copies of four processes
 
 Each task is scored with its images, and with the images exchanged between the questions (what the model answers from
 the words alone). `without image` is what the training split's most frequent answers would get; `untrained` the model
-before training. Every process answers its share. Finished answers are kept beside the report: the same command goes on
-where one was stopped. An answer in which nothing can be made out earns nothing; where media, judge or truth fail, the
-question is not scored and leaves the count; the report says how many, and why.
+before training. Every copy of the model answers its share. Finished answers are kept beside the report: the same
+command goes on where one was stopped. An answer in which nothing can be made out earns nothing; where media, judge or
+truth fail, the question is not scored and leaves the count; the report says how many, and why.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="J and F of tracks where the data have masks: sam2 (points become masks through SAM 2, if installed) or "
         "discs (around the points, no model)",
     )
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel processes of each copy (default 1)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages of each copy (default 1)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args(argv)
 
@@ -89,19 +92,24 @@ def _evaluate(asked: argparse.Namespace) -> None:
     from megatron_vlm.parallel import groups
     from megatron_vlm.parallel.layout import Layout
 
-    groups.initialize(Layout(dist.get_world_size()), backend=backend)
-    trained = run.load(asked.checkpoint)
+    layout = Layout(dist.get_world_size(), asked.tensor, pipeline=asked.pipeline)
+    groups.initialize(layout, backend=backend)
+    parts = {"tensor": asked.tensor, "pipeline": asked.pipeline}
+    trained = run.load(asked.checkpoint, **parts)
     shards = Shards(asked.manifest) if asked.manifest else run.manifest(trained.config)
     if asked.list:
-        print("\n".join(name for name, task in tasks.TASKS.items() if task.data in shards.datasets))
+        if dist.get_rank() == 0:
+            print("\n".join(name for name, task in tasks.TASKS.items() if task.data in shards.datasets))
         return
     folder = asked.out or (trained.path.parents[1] if trained.path.parent.name == "checkpoints" else trained.path)
     passes = _passes(asked, wanted, shards)
     kept = folder / "evaluation"
+    copy = layout.coordinates(dist.get_rank()).data
     for name, task, samples in passes:
-        model = trained if name != "untrained" else run.load(asked.checkpoint, trained=False)
+        model = trained if name != "untrained" else run.load(asked.checkpoint, trained=False, **parts)
         shown = tasks.with_other_images(samples) if name == "shuffled" else samples
-        _answer(model, shards, task, shown, _kept(kept, model, shards, task, name, len(samples), dist.get_rank()))
+        answered = _kept(kept, model, shards, task, name, len(samples), copy)
+        _answer(model, shards, task, shown[copy :: layout.data], answered)
     if _all_done(dist.get_rank(), dist.get_world_size()):
         _report(asked, trained, shards, passes, kept, folder)
 
@@ -140,18 +148,27 @@ def _kept(kept: Path, trained: Any, shards: Any, task: Any, name: str, count: in
     return Kept(kept, f"{task.name}.{name}.{digest}", rank)
 
 
-def _answer(trained: Any, shards: Any, task: Any, samples: Sequence[Any], kept: Any) -> None:
-    """This process's share of a pass, but for what was answered before."""
+def _answer(trained: Any, shards: Any, task: Any, share: Sequence[Any], kept: Any) -> None:
+    """The share of this copy of the model, but for what was answered before. One of its ranks reads and writes."""
     import torch.distributed as dist
     from tqdm import tqdm
 
     from megatron_vlm.evaluate.asking import ask
+    from megatron_vlm.parallel import groups
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    known = kept.read()
-    missing = [one for one in samples[rank::world] if one.key not in known or known[one.key].fault]
-    with tqdm(desc=task.name, unit=" samples", total=len(missing), mininterval=2, disable=rank > 0 or None) as bar:
-        kept.add(ask(trained.model, missing, shards, trained.tree, task.max_new_tokens, trained.device, bar.update))
+    copy = groups.model()
+    known: list[Any] = [kept.read() if copy.rank() == 0 else None]
+    if copy.size() > 1:
+        dist.broadcast_object_list(known, group=copy, group_src=0)
+    missing = [one for one in share if one.key not in known[0] or known[0][one.key].fault]
+    silent = dist.get_rank() > 0 or None
+    with tqdm(desc=task.name, unit=" samples", total=len(missing), mininterval=2, disable=silent) as bar:
+        answers = ask(trained.model, missing, shards, trained.tree, task.max_new_tokens, trained.device, bar.update)
+        if copy.rank() == 0:
+            kept.add(answers)
+        else:
+            for _ in answers:
+                pass
 
 
 def _all_done(rank: int, world: int) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_vlm.data import faults
 from megatron_vlm.data.example import Example
@@ -22,6 +23,7 @@ from megatron_vlm.data.tree import TreeSettings
 from megatron_vlm.evaluate import tasks
 from megatron_vlm.evaluate.decode import decode
 from megatron_vlm.evaluate.prompt import Prompt
+from megatron_vlm.parallel import groups
 
 #: Samples whose pixels are in memory, and whose answers are lost at once.
 AT_ONCE = 32
@@ -49,7 +51,7 @@ def ask(
 ) -> Iterator[Answer]:
     """The answers to all samples, greedy, in their order. done: told the number of samples just answered.
 
-    model: a whole VlmModel; left in evaluation mode.
+    model: a VlmModel, or this rank's part of it: all ranks that hold it ask the same. Left in evaluation mode.
     """
     for first in range(0, len(samples), AT_ONCE):
         group = samples[first : first + AT_ONCE]
@@ -60,11 +62,23 @@ def ask(
                 prompts[sample.key] = _prompt(sample, store, tree, max_new_tokens, model.arch.language.max_positions)
             except Exception as error:  # whatever a decoder raises on a stranger's file is this file's fault
                 found[sample.key] = Answer(sample.key, fault=faults.reason(error))
+        for key, answer in _told(found).items():  # what one rank cannot read, none may wait for
+            found[key] = answer
+            prompts.pop(key, None)
         answers = decode(model, list(prompts.values()), tree.tokenizer, max_new_tokens=max_new_tokens, device=device)
         for key, row in zip(prompts, answers, strict=True):
             found[key] = Answer(key, tuple(tree.tokenizer.decode(ids) for ids in row))
         done(len(group))
         yield from (found[sample.key] for sample in group)
+
+
+def _told(faults: dict[str, Answer]) -> dict[str, Answer]:
+    """The faults of all ranks that hold the model; of one sample, the first rank's."""
+    if groups.model().size() == 1:
+        return faults
+    parts: list[Any] = [None] * groups.model().size()
+    dist.all_gather_object(parts, faults, group=groups.model())
+    return {key: answer for part in reversed(parts) for key, answer in part.items()}
 
 
 def _prompt(sample: Example, store: Store, tree: TreeSettings, max_new_tokens: int, most: int) -> Prompt:

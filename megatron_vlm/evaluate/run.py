@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_vlm.checkpoint import load as checkpoint
 from megatron_vlm.config import load as config_load
@@ -45,7 +46,8 @@ class Trained:
 def load(checkpoint_path: str | Path, *, trained: bool = True, tensor: int = 1, pipeline: int = 1) -> Trained:
     """The model of a checkpoint, of a folder of checkpoints or of a run (the newest), or this rank's part of it.
 
-    The groups of this layout exist; it need not be the one that saved.
+    The groups of this layout exist, data-parallel copies for what it leaves of the world; it need not be the one that
+    saved.
     trained: False leaves the random weights that the run began with: what it could do before training.
     Raises ValueError where there is no checkpoint, or it does not hold the model that its settings describe.
     """
@@ -55,10 +57,10 @@ def load(checkpoint_path: str | Path, *, trained: bool = True, tensor: int = 1, 
     parallel = dataclasses.replace(config.parallel, tensor=tensor, pipeline=pipeline)
     # Scores during training have rules of their own about layouts.
     config = dataclasses.replace(config, parallel=parallel, eval=dataclasses.replace(config.eval, tasks=()))
-    rules.check(config, tensor * pipeline)
+    rules.check(config, tensor * pipeline)  # a copy of the model: what trains it divides a batch among the copies
     arch = presets.architecture(config.model)
     checkpoint.check_architecture(record, config)
-    (model,) = build(config, Layout(tensor * pipeline, tensor, pipeline=pipeline))
+    (model,) = build(config, Layout(dist.get_world_size(), tensor, pipeline=pipeline))
     if trained:
         checkpoint.load(record.path, models=[model], config=config)
     tree = TreeSettings.of(config.data, Tokenizer.load(config.data.tokenizer, arch.language), arch)

@@ -115,15 +115,58 @@ def in_shares(words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_answer_a_share_each_and_come_to_the_same_report(folder, tmp_path, pool, capsys):
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
+def test_copies_of_the_model_answer_a_share_each_and_every_layout_comes_to_the_same_report(
+    folder, tmp_path, pool, capsys
+):
+    alone = tmp_path / "alone"
     assert evaluate.main(command(folder, alone)) == 0
-    pool(2).run(in_shares, command(folder, shared))
-    assert sorted(path.name.split(".")[-2] for path in shared.glob("evaluation/vqa.scored.*")) == ["0000", "0001"]
-    for name in ("vqa.scored", "vqa.shuffled", "pointing.scored"):
-        assert lines(shared, name) == lines(alone, name)
-    assert json.loads((shared / "evaluation.json").read_text()) == json.loads((alone / "evaluation.json").read_text())
+    wanted = json.loads((alone / "evaluation.json").read_text())
+    for ranks, copies, words in (
+        (2, 2, []),
+        (2, 1, ["--tensor", "2"]),
+        (2, 1, ["--pipeline", "2"]),
+        (4, 2, ["--tensor", "2"]),
+    ):
+        shared = tmp_path / "".join([str(ranks), *words])
+        pool(ranks).run(in_shares, command(folder, shared, *words))
+        writers = sorted(path.name.split(".")[-2] for path in shared.glob("evaluation/vqa.scored.*"))
+        assert writers == [f"{copy:04d}" for copy in range(copies)]
+        for name in ("vqa.scored", "vqa.shuffled", "pointing.scored"):
+            assert lines(shared, name) == lines(alone, name), words
+        assert json.loads((shared / "evaluation.json").read_text()) == wanted
     capsys.readouterr()
+
+
+def in_vain(words: list[str]) -> tuple[list[dict], int]:
+    """On a rank of a pool, the second of which cannot read a sample: what was kept, how often a prompt was made."""
+    import torch.distributed as dist
+
+    made: list[str] = []
+    prompt = asking.tasks.prompt
+
+    def failing(sample, *others):
+        made.append(sample.key)
+        if dist.get_rank() == 1 and sample.key == "test-7":
+            raise OSError(5, "Input/output error")
+        return prompt(sample, *others)
+
+    asking.tasks.prompt = failing
+    try:
+        evaluate._evaluate(evaluate.arguments(words))
+    finally:
+        asking.tasks.prompt = prompt
+    return lines(Path(words[words.index("--out") + 1]), "vqa.scored"), len(made)
+
+
+@pytest.mark.slow
+def test_a_file_that_one_rank_of_a_model_cannot_read_is_a_fault_of_all(folder, tmp_path, pool):
+    words = command(folder, tmp_path, "--tensor", "2", "--shuffled-limit", "-1")
+    for kept, made in pool(2).run(in_vain, words):
+        by_key = {one["key"]: one for one in kept}
+        assert "Input/output error" in by_key["test-7"]["fault"] and "said" in by_key["test-6"]
+        assert made == 24
+    # What has a fault is asked again, by both: three questions of the one task, two of the other.
+    assert [made for _, made in pool(2).run(in_vain, words)] == [5, 5]
 
 
 @pytest.mark.slow
