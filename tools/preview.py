@@ -6,8 +6,7 @@
 
 Writes OUT/row.html, one page that holds everything it shows (tokens with id, position, branch, weight and target when
 the mouse is over them; crops; the row as a band; the mask), and the band and the mask as OUT/band.png and OUT/mask.png.
-Rows are those that training sees, numbered as they were packed: as in a run's ledger, but where data.balance_batches
-exchanges rows between steps.
+Rows are those that training sees, numbered as in a run's ledger: row 0 of window 0 is the first of step 1.
 """
 
 from __future__ import annotations
@@ -95,21 +94,17 @@ def write(asked: argparse.Namespace) -> Path:
 
 
 def planned(config: Config, window: int, row: int) -> Step:
-    """The row as a step of its own, with all its crops. Which rows there are does not depend on the batch."""
+    """The row as a step of its own, with all its crops."""
     if window < 0 or row < 0:
         raise ValueError(f"--window {window} --row {row}: both count from 0.")
     config = dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, global_batch=1, micro_batch=1),
-        data=dataclasses.replace(config.data, workers=0, balance_batches=1),
+        train=dataclasses.replace(config.train, micro_batch=1),
+        data=dataclasses.replace(config.data, workers=0),
     )
-    arch = presets.architecture(config.model)
-    start = Loader(config, arch, Share(crops=False))
-    state = start.state_dict() | {"window": window, "offset": row}
-    start.close()
-    loader = Loader(config, arch, Share(), state=state)
+    loader = Loader(config, presets.architecture(config.model), Share())
     try:
-        return next(iter(loader))
+        return loader.row(window, row)
     finally:
         loader.close()
 

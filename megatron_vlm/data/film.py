@@ -26,7 +26,7 @@ from megatron_vlm.data import writer
 from megatron_vlm.data.bundled import datasets, dialogues, sources
 from megatron_vlm.data.bundled.datasets import Counts
 from megatron_vlm.data.example import Branch, Example, Media, Turn
-from megatron_vlm.data.sample import cache_folder, locked
+from megatron_vlm.data.sample import building, cache_folder
 
 SOURCE = sources.Source("moviepy", "2.2.1", 58.4, "code MIT; the film (c) Blender Foundation, CC BY 3.0", form="sdist")
 _ZIP = "docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
@@ -98,8 +98,7 @@ def build(cache_dir: str | Path | None = None, *, say: Callable[[str], None] | N
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     directory = cache / f"film-{digest.hexdigest()[:12]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / f".{directory.name}.lock"):
+    with building(directory):
         if not (directory / "manifest.json").is_file():
             film = read(sources.fetch(SOURCE, cache / "downloads", say))
             with writer.ShardWriter(directory) as shards:

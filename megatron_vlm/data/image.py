@@ -16,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 #: Most pixels of an image; a larger one is refused before it is decoded.
 MAX_PIXELS = 100_000_000
+#: From this value on a channel of a mask is bright.
+BRIGHT = 128
 #: EXIF tag of the orientation, and the values that swap width and height.
 ORIENTATION = 0x0112
 TRANSPOSED = (5, 6, 7, 8)
@@ -60,6 +62,23 @@ def decode(data: bytes, *, name: str) -> np.ndarray:
         raise ValueError(f"image {name} decodes to {pixels.shape[1]}x{pixels.shape[0]} pixels, its header says "
                          f"{header.width}x{header.height}.")  # fmt: skip
     return pixels
+
+
+def mask(data: bytes, value: int, *, name: str) -> np.ndarray:
+    """(h, w) bool: where a picture that marks objects has the `value` (number of a palette, or grey), or, for 0, is
+    bright in any channel.
+
+    Raises ValueError, naming the picture, where it does not decode.
+    """
+    with _opened(data, name) as image:
+        _header(image, name)
+        try:
+            pixels = np.asarray(image if value else image.convert("RGB"))
+        except Exception as error:  # as in decode
+            raise ValueError(f"mask {name} does not decode ({type(error).__name__}: {error}).") from error
+    if value and pixels.ndim != 2:
+        raise ValueError(f"mask {name} has colours; needed numbers of objects (a palette, or grey).")
+    return pixels == value if value else (pixels >= BRIGHT).any(axis=-1)
 
 
 def _jpeg(data: bytes) -> np.ndarray | None:

@@ -216,6 +216,22 @@ class Loader:
         while ahead:
             yield self._finished(*ahead.popleft())
 
+    def row(self, window: int, place: int) -> Step:
+        """One row as a step of its own, by its window and its place in it as the ledger counts: in the order in which
+        steps take them. Beyond the window's end those of the next one follow. For micro-batches of one row.
+
+        Where rows are balanced between steps, that order follows from the number of rows in all windows before: they
+        are planned too.
+        """
+        for number, rows in self._windows(0 if self._balances else window, 1, 0):
+            if number >= window:
+                if place < len(rows):
+                    facts, micro_batches = self._step([rows[place]], (number, place), (number, place + 1))
+                    facts["planned"] = tuple(micro_batches)
+                    return self._finished(facts, [self._workers.submit(one) for one in micro_batches])
+                place -= len(rows)
+        raise ValueError(f"there are only {number + 1} windows.")
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream goes on after the last step handed out, and what it is a stream of. JSON values."""
         return {

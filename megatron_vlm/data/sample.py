@@ -35,10 +35,11 @@ import argparse
 import fcntl
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -98,7 +99,8 @@ def build(
                drawn objects, in shards of their own.
     cache_dir: default $XDG_CACHE_HOME/megatron_vlm, else ~/.cache/megatron_vlm.
     Safe to call from several processes at once: one builds, the others wait for it. A build that stops leaves nothing
-    that is taken for finished. Raises ValueError where a package cannot be had or holds other files than were pinned.
+    that is taken for finished; what is left by one that is killed goes with the next. Raises ValueError where a package
+    cannot be had or holds other files than were pinned.
     """
     counts = counts or Counts()
     say = say or _to_stderr
@@ -107,8 +109,7 @@ def build(
     directory = cache / f"sample-{version(counts, loaded)}"
     if (directory / "manifest.json").is_file():
         return directory
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / f".{directory.name}.lock"):
+    with building(directory):
         if not (directory / "manifest.json").is_file():
             _write(directory, cache / "downloads", counts, loaded, say)
     return directory
@@ -124,6 +125,8 @@ def qwen3_tokenizer(cache_dir: str | Path | None = None) -> Path:
         with locked(cache / ".qwen3.lock"):
             files = sources.read(sources.QWEN3, sources.fetch(sources.QWEN3, cache / "downloads", _to_stderr))
             file.parent.mkdir(exist_ok=True)
+            for left in file.parent.glob(f"{file.stem}.partial-*"):  # by a process that was killed: we hold the lock
+                left.unlink()
             partial = file.with_suffix(f".partial-{os.getpid()}")
             partial.write_bytes(files[path])
             os.replace(partial, file)
@@ -191,6 +194,26 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def building(directory: Path) -> Iterator[None]:
+    """The lock under which a directory of the cache is built. Removes what builds that were killed left beside it:
+    unfinished directories whose lock nobody holds."""
+    cache = directory.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(_lock(directory)):
+        for left in cache.glob("*.partial-*"):
+            whole = left.with_name(left.name.partition(".partial-")[0])
+            with _lock(whole).open("w") as file, suppress(BlockingIOError):
+                if whole != directory:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _lock(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lock")
 
 
 def _to_stderr(line: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_vlm.data import points
 from megatron_vlm.data.example import Branch, Example, Points, Tracks
+from megatron_vlm.data.masks import unpacked
 from megatron_vlm.evaluate import places, statements, tracking, words
 from megatron_vlm.evaluate.regions import SAME_TIME_S, Region, Spot
 from megatron_vlm.evaluate.score import Scores, Verdict, judged, unknown, unreadable
@@ -191,6 +192,43 @@ def _chosen_or_same(said: int | str, question: Question) -> Scores:
     return {"accuracy": (words.exact(str(said), question.accepted), 1)}
 
 
+def _number(said: str, question: Question) -> Any:
+    """What MathVista's answers are compared by."""
+    options = words.options(question.prompt)
+    form, decimals = question.info.get("forms", {}).get(question.prompt, ("text", 0))
+    return words.choice(said, options) if options else words.stated(said, form, decimals)
+
+
+def _same_number(said: Any, question: Question) -> Scores:
+    if words.options(question.prompt):
+        return _choice(said, question)
+    wanted = [_number(one, question) for one in question.accepted]
+    if None in wanted:
+        raise ValueError("the truth has not the form that it should have")
+    return {"accuracy": (float(said in wanted), 1)}
+
+
+def _in_mask(found: list[points.Place], question: Question) -> Scores:
+    """Whether all places lie in the mask, and there is one (Molmo2's rule). Point-Bench asks for as many as there are
+    where it is about counting, else looks at the first alone; its own figure is the mean over the categories."""
+    wanted = question.wanted
+    rows = question.info.get("masks", {}).get(wanted.label) if isinstance(wanted, Points) else None
+    if not rows:
+        raise ValueError("the truth has no mask")
+    hits = [_inside(rows[0][0][1:], place, question.sizes[0]) for place in found[: places.MOST_PLACES]]
+    counts = question.info.get("category") == "counting"
+    enough = len(found) == len(wanted.points) and all(hits) if counts else any(hits[:1])
+    scores = _by_category({"accuracy": (float(bool(hits) and all(hits)), 1)}, question)
+    return {**scores, "Point-Bench's own": (float(enough), 1)}
+
+
+def _inside(mask: Any, place: points.Place, size: tuple[int, int]) -> bool:
+    """The pixel of the image that holds the place; a mask may be smaller than the image."""
+    pixels = unpacked(*mask)
+    row, column = (min(int(at * side), side - 1) for at, side in ((place.y, size[1]), (place.x, size[0])))
+    return row < pixels.shape[0] and column < pixels.shape[1] and bool(pixels[row, column])
+
+
 def _by_category(scores: Scores, question: Question) -> Scores:
     """The main score a second time under the question's category."""
     category = question.info.get("category")
@@ -226,8 +264,10 @@ KINDS: dict[str, Kind] = {
         "the answer names none of the options, or several",
     ),
     "choice or words": Kind(_choice_or_words, _chosen_or_same, "", "the answer is empty, or names no option"),
+    "number": Kind(_number, _same_number, None, "the answer has not the form that was asked for"),
     "count": Kind(lambda said, _: points.parse_count(said), _counting, None, "the answer names no number"),
     "pointing": Kind(_read_places, _pointing, [], NO_PLACE),
+    "in mask": Kind(_read_places, _in_mask, [], NO_PLACE),
     "video pointing": Kind(_read_places, _video_pointing, [], NO_PLACE),
     "tracking": Kind(_read_places, _tracking, [], NO_PLACE),
     "caption": Kind(lambda said, _: said if said.strip() else None, _caption, "", "the answer is empty"),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -102,10 +104,11 @@ class Segmenter:
         """Over the moments at which an object has a mask; {} where none has. An object without a mask is not there."""
         wanted = question.wanted
         kept = question.info.get("masks", {}).get(wanted.label) if isinstance(wanted, Tracks) else None
-        if not kept or sample.video is None:
+        known = [row for rows in kept or () for row in rows]
+        if not kept or not known or sample.video is None:
             return {}
-        times = sorted({row[0] for rows in kept for row in rows})
-        height, width = kept[0][0][1:3]
+        times = sorted({row[0] for row in known})
+        height, width = known[0][1:3]
         truth = {number: np.zeros((len(times), height, width), bool) for number in range(1, len(kept) + 1)}
         for number, rows in enumerate(kept, start=1):
             for at, *mask in rows:
@@ -114,7 +117,9 @@ class Segmenter:
         for place in points.parse(said)[:MOST_PLACES]:
             near = [frame for frame, at in enumerate(times) if abs(at - place.at) <= SAME_TIME_S]
             for frame in near[:1]:
-                prompts.setdefault(place.id, []).append((frame, place.x * width, place.y * height))
+                mine = prompts.setdefault(place.id, [])
+                if frame not in [one[0] for one in mine]:  # of several places the first, as in Molmo2
+                    mine.append((frame, place.x * width, place.y * height))
         found = self._predict(self._frames(sample, times, (width, height)), prompts) if prompts else {}
         j, f = j_and_f(found, truth)
         name = f"J&F ({self.name})"
@@ -141,11 +146,13 @@ def discs(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, fl
 
 
 def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, float]]]) -> dict[int, np.ndarray]:
-    """SAM 2's video predictor, prompted with each object's points; weights from the hub (SAM2_WEIGHTS)."""
-    check_sam2()
-    from sam2.sam2_video_predictor import SAM2VideoPredictor
+    """SAM 2's video predictor, prompted with each object's points; weights from the hub (SAM2_WEIGHTS).
 
-    predictor: Any = SAM2VideoPredictor.from_pretrained(SAM2_WEIGHTS)
+    Objects are followed forward from the first frame in which any has a point.
+    Tried with sam2 1.1.0 and random weights on a CPU; never with trained ones, nor on a GPU.
+    """
+    check_sam2()
+    predictor = _sam2_predictor()
     masks = {number: np.zeros(frames.shape[:3], bool) for number in points}
     with tempfile.TemporaryDirectory() as folder:
         for number, frame in enumerate(frames):
@@ -153,17 +160,25 @@ def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, flo
         state = predictor.init_state(video_path=folder)
         for number, places in points.items():
             for frame, x, y in places:
-                predictor.add_new_promptsor_box(
+                predictor.add_new_points_or_box(
                     inference_state=state,
                     frame_idx=frame,
                     obj_id=number,
                     points=np.array([[x, y]], np.float32),
                     labels=np.array([1], np.int32),
+                    clear_old_points=False,
                 )
         for frame, numbers, logits in predictor.propagate_in_video(state):
             for place, number in enumerate(numbers):
                 masks[number][frame] = (logits[place] > 0).cpu().numpy().reshape(frames.shape[1:3])
     return masks
+
+
+@cache
+def _sam2_predictor() -> Any:
+    from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+    return SAM2VideoPredictor.from_pretrained(SAM2_WEIGHTS, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_sam2() -> None:

@@ -74,15 +74,18 @@ TASKS: dict[str, Task] = {
     **_tasks("answer", 32, "pixmo_clocks"),
     # Sets for evaluation only.
     **_tasks("pointing", 2048, "pixmo_points_eval"),
+    **_tasks("in mask", 2048, "point_bench"),
+    **_tasks("number", 32, "math_vista"),
     **_tasks("video pointing", 2048, "molmo2_video_point_eval"),
     **_tasks("count", 2048, "molmo2_video_count_eval", "countbench_qa"),
-    **_tasks("tracking", 4096, "molmo2_video_track_eval"),
+    **_tasks("tracking", 4096, "molmo2_video_track_eval", "mevis_eval", "ref_yt_vos_eval", "ref_davis17_eval",
+             "reasonvos_eval"),
     **_tasks("caption", 2048, "molmo2_cap_eval"),
     **_tasks("vqa", 12, "coco_2014_vqa_test"),
     **_tasks("choice or words", 64, "mmmu"),
-    **_tasks("choice", 32, "ai2d_test", "muir_bench", "blink", "mvbench", "tomato", "motionbench", "temp_compass",
-             "perception_test_val", "ego_schema", "nextqa_mc_test", "video_mme", "long_video_bench", "lvbench",
-             "mlvu_mc", "video_eval_pro_mc"),
+    **_tasks("choice", 32, "ai2d_test", "muir_bench", "mmiu", "blink", "mvbench", "tomato", "motionbench",
+             "temp_compass", "perception_test_val", "ego_schema", "nextqa_mc_test", "video_mme", "long_video_bench",
+             "lvbench", "mlvu_mc", "video_eval_pro_mc"),
     **_tasks("choice or words", 32, "real_world_qa"),
 }  # fmt: skip
 

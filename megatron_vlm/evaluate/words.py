@@ -36,6 +36,7 @@ there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
 """.split()
 _OPTION = re.compile(r"^\W*(?:the\s+)?(?:(?:right|correct|best|final)\s+)?(?:answer|option|choice)?\s*(?:is|:)?\s*"
                      r"[(\[]?([A-Za-z0-9]{1,2})(?:[)\].:]|\s*$)", re.IGNORECASE)  # fmt: skip
+_STATED = re.compile(r"(?<![0-9.])(?:(?<!\w)-)?(?:[0-9][0-9,]{0,14}(?:\.[0-9]{1,15})?|\.[0-9]{1,15})(?![0-9])")
 _MARKER = re.compile(r"^\s*[(\[]?([A-Za-z0-9]{1,2})[)\].:]\s*(\S.*)$")
 
 
@@ -134,6 +135,22 @@ def _distance(one: str, other: str) -> int:
             line.append(min(above[column + 1] + 1, line[column] + 1, above[column] + (letter != second)))
         above = line
     return above[-1]
+
+
+def numbers(said: str) -> list[float]:
+    """Every number in a text, in order: `12`, `-1,200.5`, `.5`, `$3`."""
+    return [float(found.replace(",", "")) for found in _STATED.findall(said[:MOST_CHARACTERS])]
+
+
+def stated(said: str, form: str, decimals: int = 0) -> str | float | list[float] | None:
+    """MathVista's answer of a form (integer, float, list, text) in a model's words: of several numbers the last one, of
+    a list what stands in its last brackets. None where there is none. MathVista has a language model look for it."""
+    if form == "text":
+        return _plain(said) or None
+    found = numbers(said.rpartition("[")[2] if form == "list" else said)
+    if form == "list" or not found:
+        return found or None
+    return float(int(found[-1])) if form == "integer" else round(found[-1], decimals)
 
 
 def options(question: str) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -197,6 +198,15 @@ def test_scenes_are_the_same_in_every_process() -> None:
 @pytest.mark.slow
 def test_two_processes_build_once_and_agree(packages: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
+    killed = context.Process(target=_build_small, args=(str(tmp_path),))
+    killed.start()
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("*.partial-*")):
+        assert killed.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    assert list(tmp_path.glob("*.partial-*"))  # the next build removes it
     with context.Pool(2) as workers:
         first, second = workers.map(_build_small, [str(tmp_path)] * 2)
     assert first == second
@@ -222,6 +232,14 @@ def test_a_build_that_stops_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         sample.build(tmp_path, counts=SMALL, say=lambda line: None)
     assert [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_what_killed_builds_left_goes_and_what_lives_stays(tmp_path: Path) -> None:
+    for name in ("sample-mine.partial-1", "sample-old.partial-2", "film-lives.partial-3", "sample-old"):
+        (tmp_path / name / "media").mkdir(parents=True)
+    with sample.locked(tmp_path / ".film-lives.lock"), sample.building(tmp_path / "sample-mine"):
+        left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert left == {"film-lives.partial-3", "sample-old"}
 
 
 def test_changed_package_is_refused(packages: Path, tmp_path: Path) -> None:

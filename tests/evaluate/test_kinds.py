@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Tracks, Turn
+from megatron_vlm.data.masks import packed
 from megatron_vlm.evaluate import kinds, tasks
 from megatron_vlm.evaluate.kinds import KINDS, Question
 
@@ -25,12 +27,19 @@ CASES = {
     "anls": (Question("?", "Coca Cola"), "coca cola", "fanta", ""),
     "choice": (Question(MC, "B. a dog"), "(b)", "a cat", "C"),
     "choice or words": (Question(MC, "B", {"category": "pets"}), "B", "A", "perhaps"),
+    "number": (Question("?", "1.5", {"forms": {"?": ["float", 1]}}), "It costs $1.48.", "1.6", "much"),
     "count": (Question("cups", CUPS), "There are 2 cups.", "Three.", "many"),
     "pointing": (
         Question("cups", CUPS, **IMAGE),
         '<points coords="1 1 201 301 2 700 700">cups</points>',
         '<points coords="1 1 901 301">cups</points>',
         "over there",
+    ),
+    "in mask": (
+        Question("cups", CUPS, {"masks": {"cups": [[[1, *packed(np.eye(10, dtype=bool))]]]}}, ((10, 10),)),
+        '<points coords="1 1 250 250 2 950 950">cups</points>',
+        '<points coords="1 1 250 250 2 950 150">cups</points>',
+        "there",
     ),
     "video pointing": (
         Question("jump", JUMP, **FILM),

@@ -56,6 +56,34 @@ def test_masks_come_along_and_decide(tmp_path):
     assert [row[0] for row in sample.info["masks"]["the red car"][0]] == [0.0]
 
 
+def test_all_places_must_lie_in_the_mask_and_point_bench_counts_its_own_way(tmp_path):
+    found = {}
+    for sample in of("point_bench", tmp_path):
+        found[sample.info["category"]] = question = kinds.of(sample, sample.branches[0])
+        assert question.prompt == "Point to the cups." and len(question.info["masks"]["place"]) == 1
+    kind = kinds.KINDS["in mask"]
+
+    def scores(category: str, *places: int) -> tuple[float, float]:
+        coords = " ".join(f"{number} {x:03d} 250" for number, x in enumerate(places, 1))
+        said = kinds.verdict(kind, found[category], f'<points coords="1 {coords}">cups</points>').scores
+        assert said[f"accuracy, {category}"] == said["accuracy"]
+        return said["accuracy"][0], said["Point-Bench's own"][0]
+
+    # The mask is the right half.
+    assert scores("spatial", 600) == (1, 1) and scores("spatial", 600, 100) == (0, 1)
+    assert scores("spatial", 100, 600) == (0, 0)
+    assert scores("counting", 600, 700, 800) == (1, 1) and scores("counting", 600, 700) == (1, 0)
+    assert scores("counting", 600, 700, 100) == (0, 0)
+
+
+def test_masks_of_referred_objects_come_along(tmp_path):
+    for name, objects in (("mevis_eval", 2), ("ref_yt_vos_eval", 1), ("ref_davis17_eval", 2), ("reasonvos_eval", 1)):
+        for sample in of(name, tmp_path):
+            kept = sample.info["masks"]["the red car"]
+            assert len(kept) == len(sample.branches[0].turns[0].answer.objects) == objects
+            assert [row[0] for row in kept[0]] == [0.0, 0.5, 1.0, 1.5] and sample.clip.rate == 2
+
+
 def test_all_answers_of_all_questions_about_an_image_come_along(tmp_path):
     (tree,) = of("coco_2014_vqa_multi", tmp_path)
     assert tree.info["answers"] == {f"What {i}?": ["cat", "cat", "dog"] for i in range(3)}

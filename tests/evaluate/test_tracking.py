@@ -1,7 +1,15 @@
 """HOTA against TrackEval's, frame scores and J&F by hand, J and F of masks against TrackEval's copy of DAVIS."""
 
+import importlib.machinery
+import sys
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
 
 from megatron_vlm.data.example import Branch, Clip, Example, Point, Tracks, Turn
 from megatron_vlm.data.masks import packed, unpacked
@@ -65,6 +73,71 @@ def test_sam_2_that_is_not_installed_is_named(monkeypatch):
         segments.sam2(np.zeros((1, 4, 4, 3), np.uint8), {1: [(0, 1.0, 1.0)]})
 
 
+def grown(frame: np.ndarray, x: float, y: float) -> np.ndarray:
+    """A real predictor of the simplest kind: the connected pixels around a place that have about its colour."""
+    alike = np.abs(frame.astype(int) - frame[round(y), round(x)]).max(axis=-1) < 40
+    parts, _ = ndimage.label(alike)
+    return parts == parts[round(y), round(x)]
+
+
+class Sam2:
+    """The methods of sam2 1.1.0's SAM2VideoPredictor that are used, with its names and defaults, over `grown`: an
+    object goes on from the middle of its mask in the frame before."""
+
+    loaded: list[str] = []
+
+    @classmethod
+    def from_pretrained(cls, model_id, **kwargs):
+        assert set(kwargs) <= {"device"}
+        cls.loaded.append(model_id)
+        return cls()
+
+    def init_state(self, video_path, offload_video_to_cpu=False, offload_state_to_cpu=False,
+                   async_loading_frames=False):  # fmt: skip
+        files = sorted(Path(video_path).iterdir(), key=lambda path: int(path.stem))
+        return {"frames": [np.asarray(Image.open(path)) for path in files], "points": {}}
+
+    def add_new_points_or_box(self, inference_state, frame_idx, obj_id, points=None, labels=None,
+                              clear_old_points=True, normalize_coords=True, box=None):  # fmt: skip
+        assert points.shape == (1, 2) and labels.tolist() == [1]
+        inference_state["points"].setdefault(obj_id, {})[frame_idx] = points[0]
+
+    def propagate_in_video(self, inference_state, start_frame_idx=None, max_frame_num_to_track=None, reverse=False):
+        points, frames = inference_state["points"], inference_state["frames"]
+        places: dict[int, np.ndarray] = {}
+        for number in range(min(min(each) for each in points.values()), len(frames)):
+            logits = torch.full((len(points), 1, *frames[0].shape[:2]), -1.0)
+            for row, (name, given) in enumerate(points.items()):
+                if number in given or name in places:
+                    mask = grown(frames[number], *given.get(number, places.get(name)))
+                    logits[row, 0][torch.from_numpy(mask)] = 1.0
+                    places[name] = np.argwhere(mask).mean(axis=0)[::-1]
+            yield number, list(points), logits
+
+
+def test_places_become_masks_through_the_interface_of_sam_2(monkeypatch):
+    package = types.ModuleType("sam2.sam2_video_predictor")
+    package.SAM2VideoPredictor = Sam2
+    parent = types.ModuleType("sam2")
+    parent.__spec__ = importlib.machinery.ModuleSpec("sam2", None)
+    monkeypatch.setitem(sys.modules, "sam2", parent)
+    monkeypatch.setitem(sys.modules, "sam2.sam2_video_predictor", package)
+    segments._sam2_predictor.cache_clear()
+    frames = np.full((4, 60, 80, 3), 30, np.uint8)
+    truth = {number: np.zeros((4, 60, 80), bool) for number in (1, 2)}
+    for frame in range(4):  # a red square goes right; a green one appears in the third frame
+        truth[1][frame, 10:30, 5 + 4 * frame : 25 + 4 * frame] = True
+        truth[2][frame, 35:55, 50:70] = frame >= 2
+        frames[frame][truth[1][frame]], frames[frame][truth[2][frame]] = (220, 30, 30), (30, 200, 30)
+    found = segments.sam2(frames, {7: [(0, 15.0, 20.0)], 4: [(2, 60.0, 45.0), (3, 60.0, 45.0)]})
+    assert set(found) == {4, 7} and not found[4][:2].any()
+    j, f = segments.j_and_f(found, truth)
+    assert j > 0.9 and f > 0.95  # not 1: the frames are JPEGs, and their colours run
+    segments.sam2(frames[:1], {1: [(0, 15.0, 20.0)]})
+    assert Sam2.loaded == [segments.SAM2_WEIGHTS], "weights are loaded once"
+    segments._sam2_predictor.cache_clear()
+
+
 def test_masks_of_every_published_form_are_the_same():
     mask = np.zeros((4, 5), bool)
     mask[1:3, 2:4] = True
@@ -97,6 +170,8 @@ def test_j_and_f_of_an_answer_on_a_real_film(tmp_path):
     half = scores('<tracks coords="0.0 1 500 500">dot</tracks>')  # nothing in the second frame
     assert half["J&F (discs)"] == 0.5
     assert scores("nothing")["J&F (discs)"] == 0.0
+    twice = scores('<tracks coords="0.0 1 500 500;0.0 1 100 100;0.5 1 500 500">dot</tracks>')
+    assert twice["J&F (discs)"] == 1.0  # of an object's places in one frame the first
 
 
 def test_a_predictor_that_there_is_not_is_named():

@@ -53,5 +53,18 @@ def test_options_are_read_from_a_question():
     assert words.options(question) == [("A", "a cat"), ("2", "a dog"), ("c", "3.5 metres")]
 
 
+@pytest.mark.parametrize(
+    ("said", "form", "decimals", "found"),
+    [("The number missing is 14.", "integer", 0, 14.0), ("14.7", "integer", 0, 14.0),
+     ("1,200 of 3,400", "integer", 0, 3400.0),
+     ("It costs $1.48", "float", 1, 1.5), ("-.5", "float", 2, -0.5), ("0.6, I think", "float", 1, 0.6),
+     ("between [2007, 2008]", "list", 0, [2007, 2008]), ("[1], then [1.5, 2]", "list", 0, [1.5, 2]),
+     ("A cat.", "text", 0, "a cat"), ("none", "integer", 0, None), ("[]", "list", 0, None), (" ", "text", 0, None),
+     ("9" * 40, "integer", 0, None), ("2-3", "integer", 0, 3.0)],
+)  # fmt: skip
+def test_the_answer_that_is_stated(said, form, decimals, found):
+    assert words.stated(said, form, decimals) == found
+
+
 def test_exact_answers_are_compared_without_case_and_full_stop():
     assert words.exact(" Yes.\n", ["no", "yes"]) == 1 and words.exact("yes no", ["yes"]) == 0

@@ -42,6 +42,22 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class MaskFile:
+    """Masks of one object that lie in files of their own, below the folder of the data set's media."""
+
+    path: str
+    """A picture; a folder of pictures, one a frame, in the order of their names; or a JSON file of run lengths."""
+    member: str = ""
+    """Of the JSON file: a list of the run lengths of each frame, null where there are none."""
+    value: int = 0
+    """Of the object's pixels in pictures. 0 = all bright ones."""
+    fps: float = 0.0
+    """Frames a second. 0 = the mask of one image."""
+    rate: float = 0.0
+    """Masks a second that are kept."""
+
+
+@dataclass(frozen=True)
 class Draft:
     """A sample, or a piece of one: drafts of equal `identity` are branches of one sample."""
 
@@ -54,6 +70,8 @@ class Draft:
     part: str = ""
     """Parts with other names about the same media are samples of their own."""
     info: dict[str, Any] = field(default_factory=dict)
+    masks: tuple[MaskFile, ...] = ()
+    """One for each object of the only answer, or one for the places of an image, which then are not known otherwise."""
 
     @property
     def identity(self) -> str:
@@ -72,14 +90,16 @@ def to_line(draft: Draft) -> str:
         [one.kind, one.url, one.path, base64.b64encode(one.data).decode(), one.sha256, one.id] for one in draft.media
     ]
     text = to_json(Example(draft.part, draft.branches, clip=draft.clip, info=draft.info))
-    return json.dumps([text, draft.in_pixels, media], ensure_ascii=False)
+    masks = [[one.path, one.member, one.value, one.fps, one.rate] for one in draft.masks]
+    return json.dumps([text, draft.in_pixels, media, masks], ensure_ascii=False)
 
 
 def from_line(line: str) -> Draft:
     """A draft from `to_line`'s line."""
-    text, in_pixels, media = json.loads(line)
+    text, in_pixels, media, masks = json.loads(line)
     example = from_json(text)
     references = tuple(
         Reference(kind, url, path, base64.b64decode(data), sha256, id) for kind, url, path, data, sha256, id in media
     )
-    return Draft(example.branches, references, in_pixels, example.clip, example.key, example.info)
+    files = tuple(MaskFile(*one) for one in masks)
+    return Draft(example.branches, references, in_pixels, example.clip, example.key, example.info, files)

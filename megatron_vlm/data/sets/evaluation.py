@@ -1,7 +1,8 @@
 """The table: sets that are for evaluation only, with what scoring needs. See entry.py for how to add a data set.
 
 Validation splits of the recipes' own sets (VQA v2, TextVQA, ChartQA, DocVQA, InfographicVQA, A-OKVQA, ScienceQA,
-PixMo-Count) are in images.py. Not read: MathVista (a language model reads its answers), PointBench, MMIU.
+PixMo-Count) are in images.py. Not read: the subtitles of Video-MME and LongVideoBench; MeViS' challenge split `valid`,
+whose answers are not published.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from megatron_vlm.data.sets.scored import (
     masked_tracks,
     masked_video_points,
     numbers,
+    numeric_answers,
+    place_in_mask,
     several_images,
     stated_captions,
     written_choices,
 )
+from megatron_vlm.data.sets.tracks import tracks
 
 _TEST = {"test": "test"}
 _YOUTUBE = "the videos by their ids on YouTube"
@@ -31,6 +35,12 @@ def _set(family: Any, by_hand: str = "", *, splits: dict[str, str] | None = None
 def _video_choices(by_hand: str, *, columns: dict[str, str] | None = None, path: str = "", **more: Any) -> Entry:
     options = {"style": "video_multiple_choice"} | ({"path": path} if path else {})
     return _set(choices, by_hand, columns=columns or {}, options=options | more.pop("options", {}), **more)
+
+
+def _masked_tracks(name: str, split: str, by_hand: str, masks: str, *, media: str, object: str = "-") -> Entry:
+    return _set(tracks, by_hand, hub=f"allenai/molmo2-{name}", config="track", splits={"test": split},
+                columns={"object": object}, options={"task": "track", "masks": masks}, media=media,
+                verified="reader")  # fmt: skip
 
 
 MOLMO2_EVAL = {
@@ -71,10 +81,38 @@ IMAGE_EVAL = {
                        options={"style": "eval_multi_image_mc"}, verified="reader"),
     "blink": _set(several_images, hub="BLINK-Benchmark/BLINK", files=("*/val-*.parquet",), one_tree=False,
                   columns={"options": "choices"}, options={"style": "eval_multi_image_mc"}, verified="card, program"),
+    "mmiu": _set(several_images, "the archives of the repository, so that 2D-spatial/... lie as rows name them; rows "
+                 "whose answer is none of their options are left out", hub="FanqingM/MMIU-Benchmark",
+                 files=("all.parquet",), one_tree=False, columns={"images": "input_image_path", "answer": "output"},
+                 options={"style": "eval_multi_image_mc"}, verified="reader, layout"),
+    "math_vista": _set(numeric_answers, hub="AI4Math/MathVista", splits={"test": "testmini"},
+                       columns={"image": "decoded_image"},
+                       options={"style": "vqa2", "choice_style": "eval_multiple_choice"}, verified="card, reader"),
+    "point_bench": _set(place_in_mask, "selected_images.zip and selected_masks.zip of the repository, unpacked",
+                        hub="PointArena/pointarena-data", files=("data.json",), columns={"question": "user_input"},
+                        options={"path": "selected_images/{category}/{image_filename}",
+                                 "mask": "selected_masks/{category}/{mask_filename}"}, verified="reader",
+                        unverified="steerable questions go without the place of the mark, as Molmo2 asks them"),
     "ai2d_test": _set(choices, hub="lmms-lab/ai2d", columns={"answer_index": "answer"},
                       options={"style": "ai2_diagram"}, verified="card, program"),
     "coco_2014_vqa_test": _set(questions, hub="lmms-lab/VQAv2", files=("data/validation-*.parquet",),
                                options={"style": "vqa2"}, verified="card"),
+}  # fmt: skip
+
+#: Videos at 6 frames a second, all of a set in one folder, named as its rows do; beside them the masks as published.
+TRACK_EVAL = {
+    "mevis_eval": _masked_tracks(
+        "mevis", "valid_u", "MeViS' videos of valid_u; valid_u/mask_dict.json of MeViS_release.zip",
+        "valid_u/mask_dict.json", media="mevis", object="anno_id"),
+    "ref_yt_vos_eval": _masked_tracks(
+        "ref-yt-vos", "valid", "Ref-YouTube-VOS' videos of valid, under its own licence; its masks in "
+        "valid/Annotations/VIDEO/QUERY/", "valid/Annotations/{video}/{qid}", media="ref_yt_vos"),
+    "ref_davis17_eval": _masked_tracks(
+        "ref-davis17", "valid", "DAVIS-2017-trainval-480p.zip: videos of all frames, and DAVIS/Annotations/480p/",
+        "DAVIS/Annotations/480p/{video}", media="ref_davis17", object="obj_id"),
+    "reasonvos_eval": _masked_tracks(
+        "reasonvos", "test", "ReasonVOS' videos; its masks in ReasonVOS/Annotations/",
+        "ReasonVOS/Annotations/{object}", media="reasonvos", object="anno_id"),
 }  # fmt: skip
 
 VIDEO_EVAL = {
@@ -118,4 +156,4 @@ VIDEO_EVAL = {
                                         verified="reader"),
 }  # fmt: skip
 
-EVALUATION: dict[str, Entry] = {**MOLMO2_EVAL, **IMAGE_EVAL, **VIDEO_EVAL}
+EVALUATION: dict[str, Entry] = {**MOLMO2_EVAL, **IMAGE_EVAL, **TRACK_EVAL, **VIDEO_EVAL}

@@ -1,14 +1,21 @@
-"""Drafts -> Examples: finds each file that a draft names, stores it, and turns pixels into fractions."""
+"""Drafts -> Examples: finds each file that a draft names, stores it, reads masks, and turns pixels into fractions."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from megatron_vlm.data.example import Branch, Example, Media, Points, Turn
-from megatron_vlm.data.sets.draft import Draft, Reference
+import numpy as np
+
+from megatron_vlm.data import image
+from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
+from megatron_vlm.data.masks import packed, unpacked
+from megatron_vlm.data.sets.draft import Draft, MaskFile, Reference
 from megatron_vlm.data.sets.places import inside
 from megatron_vlm.data.sets.row import Row
 from megatron_vlm.data.sets.source import stored_name
@@ -17,6 +24,8 @@ from megatron_vlm.data.sets.source import stored_name
 MAX_NAME = 1024
 #: Endings tried for a video that is named without one.
 VIDEO_ENDINGS = ("", ".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
+#: (height, width, run lengths); None where an object is not seen.
+Mask = tuple[int, int, str] | None
 
 
 class Missing(ValueError):
@@ -55,6 +64,19 @@ class Finder:
             raise ValueError(f"{reference.kind} {reference.url or path}: its sha256 is not {reference.sha256}.")
         return data
 
+    def masks(self, file: MaskFile) -> list[Mask]:
+        """Of each frame, or of the one image. Raises Missing, or ValueError for what holds no masks."""
+        (path,) = self._by_name(Reference("mask", path=file.path))
+        if path.suffix == ".json" and path.is_file():
+            table = _json(path)
+            if not isinstance(table.get(file.member), list):
+                raise Missing(f"{path} holds no masks of {file.member!r}.")
+            return [packed(one) if one else None for one in table[file.member]]
+        pictures = sorted(path.glob("*.png")) if path.is_dir() else [path] if path.is_file() else []
+        if not pictures:
+            raise Missing(f"masks {file.path!r} are not at {path}.")
+        return [packed(image.mask(one.read_bytes(), file.value, name=str(one))) for one in pictures]
+
     def _by_name(self, reference: Reference) -> list[Path]:
         name = PurePosixPath(reference.path or reference.id)
         if name.is_absolute() or ".." in name.parts or "\0" in str(name):
@@ -66,8 +88,22 @@ class Finder:
         return [base / f"{name}{ending}" for ending in endings]
 
 
-def resolve(key: str, draft: Draft, add: Callable[[Reference], Media]) -> Example:
-    """The sample of a draft. add: stores the file of a reference and gives back its name and size.
+@lru_cache(maxsize=1)
+def _json(path: Path) -> dict[str, Any]:
+    """One file serves all rows of a data set."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} is no table of masks.")
+    return table
+
+
+def resolve(
+    key: str,
+    draft: Draft,
+    add: Callable[[Reference], Media],
+    masks: Callable[[MaskFile], Sequence[Mask]] = lambda file: (),
+) -> Example:
+    """The sample of a draft. add: stores the file of a reference and gives back its name and size. masks: reads a file.
 
     Raises ValueError, saying what is wrong, for one that cannot be trained on.
     """
@@ -75,11 +111,40 @@ def resolve(key: str, draft: Draft, add: Callable[[Reference], Media]) -> Exampl
     branches = draft.branches
     if draft.in_pixels:
         branches = tuple(_scaled(branch, media) for branch in branches)
+    if draft.masks:
+        draft, branches = _masked(draft, branches, [_rows(file, masks(file)) for file in draft.masks])
     sample = Example(key, branches, media, draft.info)
     if draft.clip is not None:
         sample = replace(sample, clip=draft.clip)
     sample.check()
     return sample
+
+
+def _rows(file: MaskFile, masks: Sequence[Mask]) -> list[list[Any]]:
+    """[at, height, width, run lengths] of each mask that is kept."""
+    if not file.fps:
+        return [[1, *mask] for mask in masks[:1] if mask]
+    step = int(file.fps // file.rate)
+    return [[number / file.fps, *mask] for number, mask in enumerate(masks) if mask and number % step == 0]
+
+
+def _masked(draft: Draft, branches: tuple[Branch, ...], masks: list[list[Any]]) -> tuple[Draft, tuple[Branch, ...]]:
+    """With the masks in its info, and places that are only known by a mask put into it, evenly in reading order."""
+    (branch,) = branches
+    answer = branch.turns[0].answer
+    assert not isinstance(answer, str), "only places have masks"
+    if isinstance(answer, Points):
+        if not masks[0]:
+            raise ValueError("the image has no mask.")
+        mask = unpacked(*masks[0][0][1:])
+        inside_it, count = np.argwhere(mask), len(answer.points)
+        if len(inside_it) < count:
+            raise ValueError(f"the mask has {len(inside_it)} pixels; needed {count} or more.")
+        rows = inside_it[[(2 * number + 1) * len(inside_it) // (2 * count) for number in range(count)]]
+        places = tuple(Point(1, (x + 0.5) / mask.shape[1], (y + 0.5) / mask.shape[0]) for y, x in rows.tolist())
+        answer = replace(answer, points=places)
+        branches = (replace(branch, turns=(replace(branch.turns[0], answer=answer),)),)
+    return replace(draft, info={**draft.info, "masks": {answer.label: masks}}), branches
 
 
 def _scaled(branch: Branch, media: tuple[Media, ...]) -> Branch:

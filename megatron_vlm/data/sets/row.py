@@ -156,11 +156,11 @@ class Row:
             name = words(video)
             if video is not None and not name:
                 raise self.bad("video", video, "a file name")
-            where = self._path(path) if path else name
+            where = self.form(path) if path else name
             yield Reference("video", url=self._address("video_url"), path=where, id=name)
             return
         if path:
-            yield Reference(path=self._path(path))
+            yield Reference(path=self.form(path))
             return
         urls = self.items("image_urls") or [self.get("image_url")]
         hashes = self.items("image_sha256s") or [self.get("image_sha256")] * len(urls)
@@ -188,7 +188,8 @@ class Row:
         value = self.get(name)
         return words(value) if isinstance(value, str) else ""
 
-    def _path(self, form: str) -> str:
+    def form(self, form: str) -> str:
+        """A file's name of this form, made from the row's columns. Raises ValueError where one does not fit."""
         values = {name: words(self.get(name)) for name in set(re.findall(r"{(\w+)", form))}
         try:
             if not all(values.values()):

@@ -1,6 +1,7 @@
 """Families of sets for evaluation: rows that hold what scoring needs beside an answer. It goes into the sample's info:
 
 masks       {label: [[[at, height, width, run lengths], ...] of each object]}
+forms       {question: [form of the answer, its decimals]}
 statements  what a caption should say, one thing each
 category    of the question, reported apart
 """
@@ -8,19 +9,24 @@ category    of the question, reported apart
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_vlm.data.example import Branch, Clip, Point, Points, Tracks, Turn
 from megatron_vlm.data.masks import packed
-from megatron_vlm.data.sets.draft import Draft
-from megatron_vlm.data.sets.places import inside, pairs
+from megatron_vlm.data.sets.draft import Draft, MaskFile
+from megatron_vlm.data.sets.places import MAX_POINTS, inside, pairs
 from megatron_vlm.data.sets.questions import plain_choice
 from megatron_vlm.data.sets.row import LeftOut, Row
 
 #: Frames a second of Molmo2-VideoPointEval's masks.
 MASKS_PER_SECOND = 2
+#: Forms of MathVista's answers without options, and the most decimals of one that is a number.
+FORMS = ("integer", "float", "list", "text")
+MOST_DECIMALS = 15
+_LETTERED = re.compile(r"^\s*[A-Z]:\s*(\S.*)$", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"<image(?: (\d+))?>")
 
 
@@ -82,6 +88,36 @@ def stated_captions(row: Row, *, style: str, path: str = "") -> Iterator[Draft]:
     yield Draft((branch,), row.media(path), clip=row.clip(), info={"statements": made})
 
 
+def place_in_mask(row: Row, *, mask: str, style: str = "pointing", path: str = "") -> Iterator[Draft]:
+    """Point-Bench's form: a `question` that asks for places, of which only a mask is known that holds them all, and a
+    `category`; the `count` of the places where it matters. mask: form of the name of the mask's file."""
+    category, question = row.text("category"), row.text("question")
+    count = row.number("count") if row.get("count") is not None else 1
+    if count not in range(1, MAX_POINTS + 1):
+        raise row.bad("count", row.get("count"), f"a number of places up to {MAX_POINTS}")
+    branch = Branch(style, (Turn(question, Points("place", (Point(1, 0.5, 0.5),) * int(count))),))
+    part = hashlib.sha256(question.encode()).hexdigest()[:8]
+    yield Draft((branch,), row.media(path), part=part, info={"category": category}, masks=(MaskFile(row.form(mask)),))
+
+
+def numeric_answers(row: Row, *, style: str, choice_style: str) -> Iterator[Draft]:
+    """MathVista's form: a `question` with `choices`, or whose `answer` has the form `answer_type` (integer, float,
+    list, text), a float to `precision` decimals."""
+    texts = row.texts("choices")
+    question = row.text("question").split("Question:")[-1].split("Hint:")[0].strip()
+    if not question:
+        raise row.bad("question", row.get("question"), "a question")
+    if texts:
+        turn = plain_choice(question, texts, row.text("answer"), row)
+        yield Draft((Branch(choice_style, (turn,)),), row.media())
+        return
+    form, decimals = row.text("answer_type"), row.number("precision") if row.get("precision") is not None else 0
+    if form not in FORMS or decimals not in range(MOST_DECIMALS + 1):
+        raise row.bad("answer_type", (form, decimals), f"{', '.join(FORMS)}, and 0 to {MOST_DECIMALS} decimals")
+    info = {"forms": {question: [form, int(decimals)]}}
+    yield Draft((Branch(style, (Turn(question, row.text("answer")),)),), row.media(), info=info)
+
+
 def numbers(row: Row, *, style: str, question: str = "question", path: str = "") -> Iterator[Draft]:
     """How many: a `question`, the `count`, and a `category` where the row has one."""
     count = row.number("count")
@@ -93,13 +129,15 @@ def numbers(row: Row, *, style: str, question: str = "question", path: str = "")
 
 
 def several_images(row: Row, *, style: str, images: int = 8, path: str = "") -> Iterator[Draft]:
-    """A question about `image_1`, `image_2`, ... (or `images`) with `options` (a list, or one written as Python does),
-    and `answer`: letter, `(letter)` or text. `<image 2>`, and `<image>` in order, become `Image 2`. Without options,
-    an open question."""
+    """A question about `image_1`, `image_2`, ... (or `images`) with `options` (a list, one written as Python does, or
+    lines `A: text`), and `answer`: letter, `(letter)` or text. `<image 2>`, and `<image>` in order, become `Image 2`.
+    Without options, an open question."""
     single = [row.get(f"image_{number}") for number in range(1, images + 1)]
     media = Row({"images": [image for image in single if image] or row.items("images")}).media(path)
     options = row.get("options")
-    if isinstance(options, str):
+    if isinstance(options, str) and (lines := _LETTERED.findall(options)):
+        options = lines
+    elif isinstance(options, str):
         try:
             options = ast.literal_eval(options)
         except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply

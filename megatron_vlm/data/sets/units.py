@@ -154,7 +154,11 @@ def build_unit(places: Places, unit: Unit) -> None:
 
             for key, draft in trees(sound, chat_share=entry.chat_share):
                 try:
-                    writer.add(resolve(key, draft, add), unit.dataset, "test" if entry.evaluation_only else unit.split)
+                    writer.add(
+                        resolve(key, draft, add, finder.masks),
+                        unit.dataset,
+                        "test" if entry.evaluation_only else unit.split,
+                    )
                     count += 1
                 except ValueError as error:
                     leave_out(key, error)

@@ -64,6 +64,9 @@ def talk(*roles: str) -> list[Row]:
 QA = {"question": "What is it?", "answer": "A cat."}
 #: A mask of 40 x 60 pixels, columns 20 to 39 whole, as COCO writes it down.
 RUNS = {"size": [40, 60], "counts": [800, 800, 800]}
+WHOLE = {"size": [40, 60], "counts": [0, 2400]}
+#: The right half of a picture of 40 x 20 pixels.
+HALF = {"size": [20, 40], "counts": [400, 400]}
 PAIRS = {"question": ["What?", "Why?"], "explanation": ["It shows.", "So."], "answer": ["A bar.", "Because."]}
 
 #: By the data set's name, or by the start of it.
@@ -230,6 +233,25 @@ ROWS: dict[str, list[Row]] = {
                                    "question": "Is <image> like <image>?", "options": ["Yes", "No"], "answer": "B"}),
     "blink": three(lambda i: {"idx": str(i), "image_1": embedded(), "image_2": embedded(), "image_3": None,
                               "question": "Which?", "choices": ["first", "second"], "answer": "(A)", "prompt": "x"}),
+    "mmiu": three(lambda i: {
+        "task": "jigsaw", "visual_input_component": "image", "source": "x", "options": "A: first\nB: second\nC: both",
+        "question": "Which piece fits?", "context": "Choose.", "output": "B",
+        "input_image_path": [f"./2D-spatial/jigsaw/{i}_{n}.jpg" for n in range(3)]}),
+    "math_vista": three(lambda i: {
+        "pid": str(i), "question": ("How many?", "What fraction?", "Which one?")[i], "image": f"images/{i}.jpg",
+        "decoded_image": embedded(), "choices": (None, None, ["3/11", "8/11"])[i], "unit": None,
+        "precision": (None, 1.0, None)[i], "answer": ("14", "0.6", "8/11")[i],
+        "question_type": ("free_form", "free_form", "multi_choice")[i], "answer_type": ("integer", "float", "text")[i],
+        "query": "Hint: ...", "metadata": {"category": "math-targeted-vqa", "task": "geometry problem solving"}}),
+    "point_bench": three(lambda i: {
+        "image_filename": f"{i}.jpg", "mask_filename": f"{i}_mask.png", "user_input": "Point to the cups.",
+        "category": ("spatial", "counting", "steerable")[i], "count": (None, 3, None)[i]}),
+    **dict.fromkeys(("mevis_eval", "ref_davis17_eval"), three(lambda i: track(i) | {
+        "qid": str(i), "anno_id": ["70", "71"], "obj_id": ["1", "2"]})),
+    **dict.fromkeys(("ref_yt_vos_eval", "reasonvos_eval"), three(lambda i: track(i) | {
+        "qid": str(i), "anno_id": ["source_v_1"], "obj_id": ["1"], "mask_id": ["0"], "frame_trajectories": [
+            {"frame": f * 3, "time": f * 0.5, "points": [{"id": 0, "point": [64.0, 36.0], "occluded": False}]}
+            for f in range(3)]})),
     "ai2d_test": three(lambda i: {"image": embedded(), "question": "Which?", "options": ["x", "y"], "answer": "1"}),
     "coco_2014_vqa_test": three(lambda i: {
         "image": embedded(), "question": "What?", "multiple_choice_answer": "cat",

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from megatron_vlm.data.example import Branch, Clip, Point, Points, Turn, to_json
+from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Turn, to_json
+from megatron_vlm.data.masks import packed, unpacked
 from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Draft, Reference, from_line, to_line
 from megatron_vlm.data.sets.entry import Entry
 from megatron_vlm.data.sets.group import trees
 from megatron_vlm.data.sets.questions import questions
-from megatron_vlm.data.sets.resolve import resolve
+from megatron_vlm.data.sets.resolve import Finder, Missing, resolve
 from megatron_vlm.data.sets.row import Row
 from megatron_vlm.data.sets.source import Context, Piece
 from megatron_vlm.data.sets.table import TABLE, find
@@ -207,3 +210,75 @@ def test_a_wrong_value_anywhere_is_a_named_fault_or_harmless(name: str, data: st
             said = turn.answer if isinstance(turn.answer, str) else turn.answer.label
             for word in NO_TEXT:
                 assert word not in f"{turn.prompt} {said}" or word in str(row)
+
+
+def masks(folder: Path, name: str, row: dict[str, object]) -> tuple[Example, Draft]:
+    """The sample of one row of a set whose masks lie in files."""
+    entry = find(name)
+    (draft,) = entry.family(Row(row, entry.columns), **entry.options)
+    assert from_line(to_line(draft)) == draft
+    finder = Finder(folder, PurePosixPath("files/x"))
+    media = Media("0" * 64, 6, 4, *(("video", 2.0, 6.0, 12) if draft.media[0].kind == "video" else ()))
+    return resolve("a", draft, lambda _: media, finder.masks), draft
+
+
+def test_masks_lie_in_files_of_every_published_kind(tmp_path: Path) -> None:
+    base, frames = tmp_path / "files/x", []
+    for number in range(12):  # two objects, that change places in every frame
+        one = np.zeros((4, 6), np.uint8)
+        one[1:3, number % 2 * 3 : number % 2 * 3 + 3], one[1:3, (1 - number % 2) * 3 :][:, :3] = 1, 2
+        frames.append(one)
+        for folder, picture in (
+            ("valid/Annotations/v0/0", Image.fromarray((one == 1).astype(np.uint8) * 255)),
+            ("ReasonVOS/Annotations/source_v_1", Image.fromarray((one == 1).astype(np.uint8) * 255).convert("RGB")),
+            ("DAVIS/Annotations/480p/v0", Image.fromarray(one)),
+        ):
+            if folder.startswith("DAVIS"):
+                picture = Image.fromarray(one, mode="P")
+                picture.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+            (base / folder).mkdir(parents=True, exist_ok=True)
+            picture.save(base / folder / f"{number * 5:05d}.png")
+    lengths = {name: [packed_json(frame == value) if number else None for number, frame in enumerate(frames)]
+               for name, value in (("70", 1), ("71", 2))}  # fmt: skip
+    (base / "valid_u").mkdir()
+    (base / "valid_u/mask_dict.json").write_text(json.dumps(lengths))
+    for name in ("mevis_eval", "ref_yt_vos_eval", "ref_davis17_eval", "reasonvos_eval"):
+        row = rows(name)[0]
+        sample, draft = masks(tmp_path, name, row)
+        kept = sample.info["masks"]["the red car"]
+        assert len(kept) == len(draft.masks) == len(sample.branches[0].turns[0].answer.objects)
+        for value, of_object in enumerate(kept, 1):
+            times = [at for at, *_ in of_object]  # twice a second, as the row says; MeViS' object has none at first
+            assert times == [0.0, 0.5, 1.0, 1.5][name == "mevis_eval" :]
+            for at, *mask in of_object:
+                assert np.array_equal(unpacked(*mask), frames[int(at * 6)] == value), (name, at)
+        with pytest.raises(ValueError, match="needed the id 0"):
+            masks(tmp_path, name, row | {"mask_id": ["9"]})
+        with pytest.raises(Missing, match="are not at|holds no masks of"):
+            masks(tmp_path, name, row | {"video": "v9", "qid": "9", "anno_id": ["99", "99"]})
+    with pytest.raises(ValueError, match="needed an object that is seen"):
+        masks(tmp_path, "mevis_eval", rows("mevis_eval")[0] | {"frame_trajectories": []})
+    with pytest.raises(ValueError, match="is refused"):
+        masks(tmp_path, "ref_yt_vos_eval", rows("ref_yt_vos_eval")[0] | {"video": ".."})
+
+
+def packed_json(mask: np.ndarray) -> dict[str, object]:
+    height, width, counts = packed(mask)
+    return {"size": [height, width], "counts": counts}
+
+
+def test_places_that_only_a_mask_knows_lie_in_it(tmp_path: Path) -> None:
+    row = rows("point_bench")[1]
+    path = tmp_path / "files/x/selected_masks/counting/1_mask.png"
+    path.parent.mkdir(parents=True)
+    mask = np.zeros((4, 6, 3), np.uint8)
+    mask[1, 2:4, 0] = mask[3, 5, 2] = 255
+    Image.fromarray(mask).save(path)
+    sample, _ = masks(tmp_path, "point_bench", row)
+    places = [(int(at.x * 6), int(at.y * 4)) for at in sample.branches[0].turns[0].answer.points]
+    assert places == [(2, 1), (3, 1), (5, 3)]
+    with pytest.raises(ValueError, match="the mask has 3 pixels; needed 4 or more"):
+        masks(tmp_path, "point_bench", row | {"count": 4})
+    path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="1_mask.png has no readable header"):
+        masks(tmp_path, "point_bench", row)

@@ -16,14 +16,15 @@ from PIL import Image
 
 from megatron_vlm.data import mixture
 from megatron_vlm.data.example import Branch, Example, Media, Points, Tracks, from_json, to_json
+from megatron_vlm.data.masks import packed
 from megatron_vlm.data.sets import source
-from megatron_vlm.data.sets.draft import Reference
+from megatron_vlm.data.sets.draft import MaskFile, Reference
 from megatron_vlm.data.sets.group import trees
-from megatron_vlm.data.sets.resolve import resolve
+from megatron_vlm.data.sets.resolve import Mask, resolve
 from megatron_vlm.data.sets.row import LeftOut
 from megatron_vlm.data.sets.row import Row as SetRow
 from megatron_vlm.data.sets.table import TABLE, find
-from tests.data.sets.published import IMAGE, Row, rows
+from tests.data.sets.published import HALF, IMAGE, WHOLE, Row, rows
 
 #: Those of published sets; the others mix what megatron_vlm builds itself.
 SHIPPED = [path.stem for path in sorted(mixture.FOLDER.glob("*.yaml")) if not path.stem.startswith(("sample", "film"))]
@@ -93,6 +94,11 @@ def add(reference: Reference) -> Media:
     return Media(key, 40, 20)
 
 
+def masks(file: MaskFile) -> list[Mask]:
+    """Of every object in every frame; of an image, its right half."""
+    return [packed(WHOLE)] * 12 if file.fps else [packed(HALF)]
+
+
 def read(folder: Path, name: str) -> list[Example]:
     entry = TABLE[name]
     found = []
@@ -102,7 +108,7 @@ def read(folder: Path, name: str) -> list[Example]:
                 assert isinstance(draft, LeftOut), f"{name} {place}: {draft}"
             else:
                 found.append(draft)
-    return [resolve(key, draft, add) for key, draft in trees(found, chat_share=entry.chat_share)]
+    return [resolve(key, draft, add, masks) for key, draft in trees(found, chat_share=entry.chat_share)]
 
 
 def members() -> list[str]:
