@@ -78,7 +78,7 @@ def mask(data: bytes, value: int, *, name: str) -> np.ndarray:
             raise ValueError(f"mask {name} does not decode ({type(error).__name__}: {error}).") from error
     if value and pixels.ndim != 2:
         raise ValueError(f"mask {name} has colours; needed numbers of objects (a palette, or grey).")
-    return pixels == value if value else (pixels >= BRIGHT).any(axis=-1)
+    return np.asarray(pixels == value if value else (pixels >= BRIGHT).any(axis=-1))
 
 
 def _jpeg(data: bytes) -> np.ndarray | None:

@@ -213,7 +213,7 @@ def _in_mask(found: list[points.Place], question: Question) -> Scores:
     where it is about counting, else looks at the first alone; its own figure is the mean over the categories."""
     wanted = question.wanted
     rows = question.info.get("masks", {}).get(wanted.label) if isinstance(wanted, Points) else None
-    if not rows:
+    if not rows or not isinstance(wanted, Points):
         raise ValueError("the truth has no mask")
     hits = [_inside(rows[0][0][1:], place, question.sizes[0]) for place in found[: places.MOST_PLACES]]
     counts = question.info.get("category") == "counting"

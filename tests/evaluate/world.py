@@ -16,7 +16,7 @@ MIXTURE = "groups: {all: {rate: 1.0, members: [vqa, pointing]}}"
 
 
 def shards(folder: Path, *, samples: int = 12, broken: bool = False) -> Path:
-    """`vqa` (two questions about each image) and `pointing`, train, validation and test; their media in one tar.
+    """`vqa` (two questions about each image), `pointing` and `captions`, train, validation and test; media in one tar.
 
     broken: the media of vqa's test sample 3 are no image, and its sample 5 asks for more than any context.
     """
@@ -34,6 +34,8 @@ def shards(folder: Path, *, samples: int = 12, broken: bool = False) -> Path:
                 info = {"objects": [["red", "cup", x, y, 0.1]]}
                 points = Branch("pointing", (Turn("cups", Points("cups", (Point(1, x, y),))),))
                 writer.add(Example(key, (points,), (media,), info), "pointing", split)
+                caption = Branch("long_caption", (Turn("", "A cup stands here. It is red."),))
+                writer.add(Example(key, (caption,), (media,)), "captions", split)
     if broken:
         _spoil(folder / "shards")
     (folder / "tokenizer.json").write_text(data.definition())

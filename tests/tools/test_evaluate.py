@@ -6,15 +6,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from megatron_vlm.evaluate import asking
+from megatron_vlm.evaluate import asking, endpoint
+from tests.data.server import Server, send
 from tests.evaluate import world
+from tests.evaluate.test_endpoint import PATH, sensible
 from tools import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -188,6 +192,33 @@ def test_a_killed_process_loses_nothing_that_was_finished(folder, tmp_path, caps
     after = [line for path in tmp_path.glob("evaluation/vqa.scored.*") for line in path.read_text().splitlines(True)]
     assert after[: len(kept)] == kept
     assert len({json.loads(line)["key"] for line in after}) == 12
+
+
+@pytest.mark.slow
+def test_a_judge_that_is_down_or_refuses_costs_no_answer(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(endpoint, "Endpoint", partial(endpoint.Endpoint, tries=1, timeout_s=20.0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        down = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    words = [str(folder / "run"), "--out", str(tmp_path), "--device", "cpu", "--tasks", "captions", "--limit", "2"]
+    words += ["--shuffled-limit", "-1", "--judge"]
+    assert evaluate.main([*words, down]) == 0
+    (task,) = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]
+    assert task["scores"]["not_scored"] == {"judge: no connection (NewConnectionError)": 2}
+    answers = lines(tmp_path, "captions.scored")
+    assert len(answers) == 2 and all("said" in one for one in answers)
+    monkeypatch.setattr(asking, "decode", None)  # nothing is asked of the model again
+    server = Server()
+    try:
+        server.answers[PATH] = lambda handler, _: send(handler, 401, b"bad key")
+        assert evaluate.main([*words, f"{server.address}/v1"]) == 1
+        assert "refuses (status 401)" in capsys.readouterr().err
+        server.answers[PATH] = lambda handler, _: sensible(server, handler)
+        assert evaluate.main([*words, f"{server.address}/v1"]) == 0
+    finally:
+        server.stop()
+    (task,) = json.loads((tmp_path / "evaluation.json").read_text())["tasks"]
+    assert task["scores"]["scores"]["statement F1"]["wholes"] == 2 and lines(tmp_path, "captions.scored") == answers
+    capsys.readouterr()
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:

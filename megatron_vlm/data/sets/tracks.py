@@ -56,7 +56,8 @@ def tracks(row: Row, *, task: str, clamp: bool = False, masks: str = "", path: s
         first = min(places[0] for places in objects.values())
         prompt = points.write(Points(label, (first,)), "video_point", seconds=True)
     answer = Tracks(label, tuple(tuple(places) for _, places in sorted(objects.items())))
-    files, part = (), ""
+    files: tuple[MaskFile, ...] = ()
+    part = ""
     if masks:
         if not objects:
             raise row.bad("frame_trajectories", row.get("frame_trajectories"), "an object that is seen")
