@@ -149,12 +149,14 @@ def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, flo
     """SAM 2's video predictor, prompted with each object's points; weights from the hub (SAM2_WEIGHTS).
 
     Objects are followed forward from the first frame in which any has a point.
-    Tried with sam2 1.1.0 and random weights on a CPU; never with trained ones, nor on a GPU.
+    Ran with sam2 1.1.0 and random weights on a CPU; never with trained ones, nor on a GPU.
     """
     check_sam2()
-    predictor = _sam2_predictor()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    predictor = _sam2_predictor(device)
     masks = {number: np.zeros(frames.shape[:3], bool) for number in points}
-    with tempfile.TemporaryDirectory() as folder:
+    # It remembers frames in bf16, whatever its weights are in: autocast, as its authors use it.
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), torch.autocast(device, torch.bfloat16):
         for number, frame in enumerate(frames):
             Image.fromarray(frame).save(Path(folder, f"{number:05d}.jpg"), quality=95)
         state = predictor.init_state(video_path=folder)
@@ -175,10 +177,10 @@ def sam2(frames: np.ndarray, points: Mapping[int, Sequence[tuple[int, float, flo
 
 
 @cache
-def _sam2_predictor() -> Any:
+def _sam2_predictor(device: str) -> Any:
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-    return SAM2VideoPredictor.from_pretrained(SAM2_WEIGHTS, device="cuda" if torch.cuda.is_available() else "cpu")
+    return SAM2VideoPredictor.from_pretrained(SAM2_WEIGHTS, device=device)
 
 
 def check_sam2() -> None:

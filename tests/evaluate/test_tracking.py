@@ -103,6 +103,7 @@ class Sam2:
         inference_state["points"].setdefault(obj_id, {})[frame_idx] = points[0]
 
     def propagate_in_video(self, inference_state, start_frame_idx=None, max_frame_num_to_track=None, reverse=False):
+        assert torch.is_autocast_enabled("cpu"), "the real one mixes bf16 and float32 without"
         points, frames = inference_state["points"], inference_state["frames"]
         places: dict[int, np.ndarray] = {}
         for number in range(min(min(each) for each in points.values()), len(frames)):

@@ -255,7 +255,7 @@ def test_masks_lie_in_files_of_every_published_kind(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="needed the id 0"):
             masks(tmp_path, name, row | {"mask_id": ["9"]})
         with pytest.raises(Missing, match="are not at|holds no masks of"):
-            masks(tmp_path, name, row | {"video": "v9", "qid": "9", "anno_id": ["99", "99"]})
+            masks(tmp_path, name, row | {"video": "v9", "qid": "9", "anno_id": ["99"] * len(row["mask_id"])})
     with pytest.raises(ValueError, match="needed an object that is seen"):
         masks(tmp_path, "mevis_eval", rows("mevis_eval")[0] | {"frame_trajectories": []})
     with pytest.raises(ValueError, match="is refused"):
