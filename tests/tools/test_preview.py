@@ -43,20 +43,22 @@ def test_the_page_shows_the_row_of_training(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize("balance", [1, 3])
 def test_rows_are_numbered_as_in_the_ledger(recipe, balance):
-    config = load.load(recipe, ["data.window=16", f"data.balance_batches={balance}", "train.global_batch=3",
+    config = load.load(recipe, ["data.window=64", f"data.balance_batches={balance}", "train.global_batch=8",
                                 "train.micro_batch=1", "data.workers=0"])  # fmt: skip
     loader = Loader(config, presets.architecture(config.model), Share(crops=False))
-    steps = [step for step, _ in zip(loader, range(9), strict=False)]
+    steps = [step for step, _ in zip(loader, range(8), strict=False)]
     loader.close()
-    shown = [preview.planned(config, step.window, step.offset) for step in steps]
-    assert [one.rows[0] for one in shown] == [step.rows[0] for step in steps]
-    assert steps[-1].window > 1 and shown[0].keys == steps[0].keys[: shown[0].samples]
-    # Beyond a window's end comes the next one; as packed, rows stand elsewhere where they are balanced.
-    place, first = next((place, step) for place, step in enumerate(steps) if step.window == 1)
-    length = next(step.offset + 3 - step.next_offset for step in steps if step.next_window == 1)
-    assert preview.planned(config, 0, length + first.offset).rows == shown[place].rows
-    packed = sorted(number for step in steps for number in step.rows)
-    assert ([number for step in steps for number in step.rows] == packed) == (balance == 1)
+    first = next(step for step in steps if step.window == 1)
+    for step in (steps[0], steps[2], first, steps[-1]):
+        shown = preview.planned(config, step.window, step.offset)
+        assert shown.rows == step.rows[:1] and shown.keys == step.keys[: shown.samples]
+    assert steps[-1].window > 1
+    # Beyond a window's end comes the next one.
+    length = next(step.offset + 8 - step.next_offset for step in steps if step.next_window == 1)
+    assert preview.planned(config, 0, length + first.offset).rows == first.rows[:1]
+    # As packed, rows stand elsewhere where they are balanced.
+    numbers = [number for step in steps for number in step.rows]
+    assert (numbers == sorted(numbers)) == (balance == 1)
 
 
 def test_data_cannot_write_into_the_page(recipe):
