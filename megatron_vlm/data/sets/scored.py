@@ -108,7 +108,7 @@ def numeric_answers(row: Row, *, style: str, choice_style: str) -> Iterator[Draf
     if not question:
         raise row.bad("question", row.get("question"), "a question")
     if texts:
-        turn = plain_choice(question, texts, row.text("answer"), row)
+        turn = plain_choice(question, texts, row)
         yield Draft((Branch(choice_style, (turn,)),), row.media())
         return
     form, decimals = row.text("answer_type"), row.number("precision") if row.get("precision") is not None else 0
