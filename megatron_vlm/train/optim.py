@@ -81,8 +81,12 @@ def build(models: Sequence[DistributedDataParallel], config: Config) -> Megatron
     for component in COMPONENTS:
         for decays in (False, True):
             overrides[_key(component, decays)] = {"lr_mult": TAGS[component], "wd_mult": float(decays)}
-    with _adam(kernels.choose(config).optimizer):
+    package = kernels.choose(config).optimizer
+    with _adam(package):
         optimizer = get_megatron_optimizer(settings, list(models), config_overrides=overrides)
+    # Megatron saves the step of torch's Adam only where neither of the others is installed.
+    distrib: Any = distrib_optimizer
+    distrib.HAVE_APEX_OR_TE = package != "torch"
     for name, group in _named_groups(optimizer):
         own = optim.of(name)
         # The table's only group is one without decay, unless the component itself has some.
