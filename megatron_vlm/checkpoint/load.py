@@ -19,6 +19,7 @@ from megatron_vlm.checkpoint.record import Record as Record
 from megatron_vlm.checkpoint.record import read as read
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
+from megatron_vlm.model import scaling
 
 
 def load(
@@ -59,7 +60,14 @@ def load(
     }
     if optimizer is None:
         stored = {name: shape for name, shape in stored.items() if not name.startswith(sharded.OPTIMIZER)}
-    _check_tensors(record.path, {name: shape for each in everywhere for name, shape in each.items()}, stored)
+    wanted = {name: shape for each in everywhere for name, shape in each.items()}
+    fp8 = sharded.SCALES_KEYS
+    scales = {name: wanted.pop(name) for name in list(wanted) if name.startswith(fp8)}
+    if any(stored.get(name) != shape for name, shape in scales.items()):
+        contents.pop(sharded.SCALES, None)  # a run that had none, in bf16 for instance: they are seen anew
+        scaling.begin(models)
+    stored = {name: shape for name, shape in stored.items() if not name.startswith(fp8)}
+    _check_tensors(record.path, wanted, stored)
     reading = sharded.plain_errors(f"reading checkpoint {record.path}", "Use another checkpoint.", ValueError)
     beside = {name for _, metadata in folders[1:] for name in metadata.state_dict_metadata}
     shared, own = sharded.divide(contents, lambda entry: any(each.key in beside for each in sharded.tensors([entry])))
@@ -75,6 +83,8 @@ def load(
         # None: Transformer Engine's layers keep what they have.
         extra = {name: None for name in bare.state_dict() if name.endswith("_extra_state")}
         bare.load_state_dict(extra | found, strict=True)
+    for name, tensor in scaling.delayed(models) if sharded.SCALES in loaded else ():
+        tensor.copy_(loaded[sharded.SCALES][name])
     for path, metadata in folders[1:]:
         frozen.note_loaded(mine, metadata, verify.reference(path))
     if optimizer is not None and sharded.trains(optimizer):

@@ -23,10 +23,13 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_vlm.checkpoint.record import OPTIMIZER as OPTIMIZER
+from megatron_vlm.model import scaling
 from megatron_vlm.parallel import groups
 
-#: By model (`model0`, ...) the entries by name; `optimizer`.
+#: By model (`model0`, ...) the entries by name; SCALES; `optimizer`.
 State = dict[str, Any]
+#: Of the run and not of the model, so beside the optimizer's: an export, or another run's start, passes them over.
+SCALES, SCALES_KEYS = "scales", f"{OPTIMIZER}fp8."
 
 
 @contextmanager
@@ -61,7 +64,7 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 
 def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
-    """Sharded state of this rank: `model0`, `model1`, ... by virtual stage, and `optimizer` unless it is None.
+    """Sharded state of this rank: what `build_models` gives, and `optimizer` unless it is None.
 
     Collective unless `is_loading`. Data are the parameters themselves and views of the optimizer's tensors, so loading
     fills them in place. A rank whose stage trains nothing carries the optimizer's common settings of one that does.
@@ -78,10 +81,17 @@ def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> 
 
 
 def build_models(models: Sequence[Any]) -> dict[str, Any]:
-    """Sharded state of the models alone. No collectives."""
-    return {
+    """Sharded state of the models alone, under `SCALES` what delayed FP8 has seen. No collectives."""
+    state = {
         f"model{index}": unwrap(model).sharded_state_dict(metadata=metadata()) for index, model in enumerate(models)
     }
+    # Every rank of a stage has the same; the first one writes.
+    replica = (groups.tensor().rank(), 0, groups.data_and_context().rank())
+    scales = {
+        name: ShardedTensor.from_rank_offsets(SCALES_KEYS + name, tensor, replica_id=replica)
+        for name, tensor in scaling.delayed(models)
+    }
+    return {**state, SCALES: scales} if scales else state
 
 
 def metadata() -> dict[str, Any]:

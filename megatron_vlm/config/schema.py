@@ -202,7 +202,7 @@ class Fp8Config:
 
     recipe: str = "tensorwise"
     """How numbers are scaled: tensorwise (a scale for each tensor, from its numbers), delayed (from those of earlier
-    steps, which a resumed run has to see anew), blockwise (Hopper; blocks of 128), mxfp8 (Blackwell; blocks of 32)."""
+    steps), blockwise (Hopper; blocks of 128), mxfp8 (Blackwell; blocks of 32)."""
     format: str = "hybrid"
     """e4m3, or hybrid: e4m3, and e5m2 for gradients."""
     components: tuple[str, ...] = ("language",)

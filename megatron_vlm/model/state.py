@@ -28,7 +28,7 @@ def tidy(state: ShardedStateDict, prefix: str, language: Language, metadata: dic
     """Drop the extra states of linear layers; a tied head stands under the name of the embedding.
 
     Extra states are empty but for Transformer Engine's delayed scaling, whose history is a pickle that it would open:
-    in a checkpoint from a stranger that could be anything. So the history starts anew in every process.
+    in a checkpoint from a stranger that could be anything. scaling.py has it as tensors.
     """
     state = {
         key: value

@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_vlm.batch import Batch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.cost import Work
+from megatron_vlm.model import scaling
 from megatron_vlm.parallel import context, cpu, groups
 from megatron_vlm.train import evidence, optim
 from megatron_vlm.train.evidence import Evidence, Seen
@@ -156,6 +157,7 @@ class Stepper:
             done = Work(*map(sum, zip(astuple(done), astuple(work), strict=True)))
             sums += self._run(micro_batches, forward_only=True)
             self.pulse.enter("other")
+        scaling.forget_unused(self.models)
         return self._outcome(sums, total, done)
 
     def _measure(self, micro_batches: Sequence[Batch]) -> tuple[float, Work]:

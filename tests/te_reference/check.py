@@ -204,6 +204,54 @@ def encoder() -> dict[str, Any]:
         groups.destroy()
 
 
+def resumed(directory: Path) -> dict[str, Any]:
+    """Delayed scaling: three steps, a checkpoint, held-out rows, three more steps; and these again from the checkpoint,
+    with what that says of scales and without. Losses of the three, and whether they ended with the first one's scales.
+    """
+    from megatron_vlm.checkpoint import load, save, sharded
+    from megatron_vlm.checkpoint.snapshot import Snapshot
+    from megatron_vlm.model import scaling
+    from megatron_vlm.train import optim
+    from megatron_vlm.train.step import Stepper
+
+    layout = Layout(world, tensor=world)
+    fp8 = Fp8Config(recipe="delayed", first_layers_bf16=0, last_layers_bf16=0)
+    parallel = {"tensor": world, "sequence": world > 1}
+    sections = SPECS["transformer_engine"] | {"fp8": fp8}
+    config = tiny.config(ARCH, parallel=parallel, precision="fp8", sections=sections)
+    losses, scales = {}, {}
+    found: dict[str, Any] = {"losses": losses}
+    for run in ("whole", "resumed", "without scales"):
+        groups.initialize(layout, seed=0, timeout_s=50)
+        models = optim.wrap(build.build(config, layout), config)
+        optimizer = optim.build(models, config)
+        stepper, snapshot = Stepper(models, optimizer, config, ("test",)), Snapshot()
+        batch = tiny.batch(ARCH, [0], layout.crop_rank(rank), layout.crop_ranks)
+        options = {"models": models, "optimizer": optimizer, "config": config}
+        if run == "whole":
+            for step in (1, 2, 3):
+                stepper.train([batch], step)
+            save.save(directory, step=3, state={}, **options)
+            saved = {name: state.clone() for name, state in scaling.delayed(models)}
+            snapshot.take(models, optimizer)
+            stepper.evaluate(iter([[batch]]))  # leaves no trace
+        else:
+            load.load(directory / "iter_0000003", **options)
+        if run == "without scales":
+            scaling.begin(models)
+        losses[run] = [stepper.train([batch], step).loss for step in (4, 5, 6)]
+        scales[run] = {name: state.clone() for name, state in scaling.delayed(models)}
+        if run == "whole":
+            taken = snapshot.contents()[sharded.SCALES]
+            found["in the background"] = all(torch.equal(taken[name].data, state) for name, state in saved.items())
+            found["moved"] = sum(not torch.equal(scales[run][name], state) for name, state in saved.items())
+            found["keys"] = sorted(each.key for each in taken.values())
+        groups.destroy()
+    for run in ("resumed", "without scales"):
+        found[run] = all(torch.equal(scales["whole"][name], state) for name, state in scales[run].items())
+    return found
+
+
 @contextmanager
 def reference_recipe() -> Iterator[None]:
     """FP8 by Transformer Engine's pure-torch quantizer, which scales as `tensorwise` does."""
@@ -267,6 +315,7 @@ def main() -> dict[str, Any]:
             with built(mutation):
                 found[mutation.__name__] = compared(both({}))
     found["bf16"], _ = trained("bf16", {})
+    found["delayed"] = resumed(Path(store).with_suffix(".delayed"))
     with reference_recipe():
         found["fp8"], found["fp8 layers"] = trained("fp8", {"fp8": Fp8Config()})
         found["shadow"] = {}

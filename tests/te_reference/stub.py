@@ -49,7 +49,13 @@ FP8BwdTensors = enum.IntEnum(
     "FP8BwdTensors", [f"{what}{product}" for product in (1, 2, 3) for what in ("GRAD_OUTPUT", "GRAD_INPUT")], start=0
 )
 
-TORCH = {DType.kFloat32: torch.float32, DType.kFloat16: torch.float16, DType.kBFloat16: torch.bfloat16}
+TORCH = {
+    DType.kFloat32: torch.float32,
+    DType.kFloat16: torch.float16,
+    DType.kBFloat16: torch.bfloat16,
+    DType.kFloat8E4M3: torch.float8_e4m3fn,
+    DType.kFloat8E5M2: torch.float8_e5m2,
+}
 
 
 class _AnyEnum(type):
@@ -121,10 +127,57 @@ def _quantized(x: torch.Tensor, quantizer: Any) -> Any:
     return x if quantizer is None else quantizer(x)
 
 
+def quantize(x, quantizer, out=None, noop=None):
+    """x in 8 bits by delayed scaling: times a scale that is known before, its largest value noted for the next one."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer, Float8Tensor, Float8TensorStorage
+
+    assert type(quantizer) is Float8Quantizer, "no reference kernel for other recipes"
+    quantizer.amax.copy_(torch.maximum(quantizer.amax, x.abs().max().float()))
+    kind = TORCH[quantizer.dtype]
+    limit = torch.finfo(kind).max
+    data = (x.float() * quantizer.scale).clamp(-limit, limit).to(kind).view(torch.uint8)
+    turned = fp8_transpose(data, quantizer.dtype) if quantizer.columnwise_usage else None
+    if out is not None:
+        out._data, out._transpose, out._transpose_invalid = data, turned, turned is None
+        out._scale_inv = 1 / quantizer.scale
+        return out
+    options = {
+        "data": data if quantizer.rowwise_usage else None,
+        "fp8_scale_inv": 1 / quantizer.scale,
+        "fp8_dtype": quantizer.dtype,
+        "data_transpose": turned,
+        "quantizer": quantizer,
+    }
+    if quantizer.internal:
+        return Float8TensorStorage(**options)
+    return Float8Tensor(shape=x.shape, dtype=x.dtype, **options)
+
+
+def fp8_transpose(data, dtype, out=None):
+    """[..., columns] -> [columns, ...]"""
+    return data.reshape(-1, data.shape[-1]).t().contiguous().view(data.shape[-1], *data.shape[:-1])
+
+
+def dequantize(x, dtype):
+    """Back from 8 bits."""
+    return _value(x).to(TORCH[dtype])
+
+
+def _value(x: Any) -> torch.Tensor:
+    """What an operand of a product stands for: 8 bits, or just their transpose, in float32."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8TensorStorage
+
+    if not isinstance(x, Float8TensorStorage):
+        return x
+    data = x._data if x._data is not None else x._transpose.reshape(x._transpose.shape[0], -1).t()
+    return data.view(TORCH[x._fp8_dtype]).float() * x._scale_inv
+
+
 def generic_gemm(a, transpose_a, b, transpose_b, out, quantizer, dtype, bias, bias_type, gelu, gelu_in, grad, workspace,
                  workspace_size, accumulate, use_split_accumulator, **options):  # fmt: skip
     """op(b) @ op(a) of row-major matrices: "TN" is b @ a^T, a linear layer. With `grad` also sums for a bias."""
     assert not gelu and not options.get("bulk_overlap"), "reference products do nothing else"
+    a, b = _value(a), _value(b)
     rows = b.reshape(-1, b.shape[-1])
     columns = a.reshape(-1, a.shape[-1])
     result = (rows.t() if transpose_b else rows) @ (columns.t() if transpose_a else columns)
@@ -161,7 +214,7 @@ def multi_tensor_scale(chunk, overflow, lists, scale):
 
 
 KERNELS = (layernorm_fwd, layernorm_bwd, rmsnorm_fwd, rmsnorm_bwd, generic_gemm, bgrad_quantize, multi_tensor_l2norm,
-           multi_tensor_scale)  # fmt: skip
+           multi_tensor_scale, quantize, dequantize, fp8_transpose)  # fmt: skip
 
 
 def install(folder: str) -> None:
@@ -169,6 +222,7 @@ def install(folder: str) -> None:
     sys.path.insert(0, folder)
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # the package looks for no CUDA libraries then
     os.environ["NVTE_TORCH_COMPILE"] = "0"
+    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # delayed scaling's update in Python and not by a kernel
     for name in ("pytorch", "common"):
         _fake_triton(f"transformer_engine.{name}.triton")
     extension = _Extension("transformer_engine_torch")
@@ -210,7 +264,13 @@ def _pretend() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9, minor=0)
     from transformer_engine.pytorch import distributed
+    from transformer_engine.pytorch.quantization import DelayedScalingRecipeState as History
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Quantizer
 
+    # What delayed scaling makes lies on the GPU, whatever the layer's device.
+    here, begin, empty = {"device": torch.device("cpu")}, History.__init__, Float8Quantizer.make_empty
+    History.__init__ = lambda self, recipe, **options: begin(self, recipe, **options | here)
+    Float8Quantizer.make_empty = lambda self, shape, **options: empty(self, shape, **options | here)
     # What recomputation keeps of the random generators.
     distributed._get_cuda_rng_state = lambda *device, **options: torch.default_generator.get_state()
     distributed._set_cuda_rng_state = lambda state, *device, **options: torch.default_generator.set_state(state)
