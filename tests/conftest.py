@@ -24,6 +24,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what the imports made stays; `one_rank` need not walk over it
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Callable[[int], Pool]]:
     """`pool(world)` are the processes for that world size; `pool(world).run(function, *args)` calls on each."""

@@ -193,7 +193,7 @@ def _language_config(arch: Architecture, config: Config, layout: Layout, setting
         ffn_hidden_size=decoder.mlp,
         normalization="RMSNorm",
         layernorm_epsilon=decoder.norm_eps,
-        qk_layernorm=decoder.qk_norm,
+        qk_layernorm=True,  # what specs.py puts there, a norm or not: newer Megatron-core asks before it builds it
         add_bias_linear=False,
         add_qkv_bias=decoder.qkv_bias,
         gated_linear_unit=True,

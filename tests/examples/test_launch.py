@@ -114,6 +114,7 @@ def test_launch_settings_come_from_the_environment():
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_the_processes_reach_the_trainer():
     """Three data-parallel ranks cannot share 8 rows: the trainer's own check, so it saw all three."""
     done = start("bash", "examples/pretrain_stage1.sh", "train.global_batch=8", "train.micro_batch=1", NPROC="3")

@@ -54,6 +54,7 @@ optim: {{vision: {{lr: 1.0e-3}}, connector: {{lr: 1.0e-3}}, language: {{lr: 1.0e
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_layouts_and_a_resumed_run_agree_with_one_process(recipe, tmp_path, capsys):
     found = tmp_path / "found.json"
     layouts = ["tp2_sp", "unpacked", *ALSO]
@@ -95,6 +96,7 @@ def tampered(config, plan):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_wrong_gradient_is_named_and_a_failure_does_not_end_the_others(recipe, monkeypatch, capsys):
     monkeypatch.setattr(trial, "run", tampered)
     assert parity.main([recipe, "--layouts", "tp2", "cp2", "packed", "--steps", "1"]) == 1
@@ -133,6 +135,7 @@ def test_settings_may_stand_anywhere():
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("layouts", "against"), [(EVERY, "unpacked"), (SHARDED, "one")])
 def test_every_layout_agrees_with_one_process(recipe, layouts, against):
@@ -141,6 +144,7 @@ def test_every_layout_agrees_with_one_process(recipe, layouts, against):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_connector_alone_trains_with_recompute_on_two_stages_and_goes_on(recipe):
     """Full recompute drops the gradients of layers whose input wants none."""
     stages = "pp2_recompute_full"
@@ -149,6 +153,7 @@ def test_a_connector_alone_trains_with_recompute_on_two_stages_and_goes_on(recip
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_bf16_has_its_own_tolerance(recipe, tmp_path):
     """Measured: 0.074 of a component's gradients. A gradient summed twice is wrong by 1, averaged over two by 0.5."""
     found = tmp_path / "found.json"
@@ -177,6 +182,7 @@ def test_the_rows_that_are_compared_hold_every_kind_of_sample(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_on_every_layout_from_every_layout(recipe):
     pairs = [f"{first}:1:{second}" for first, second in itertools.product(RESUMED, RESUMED)]

@@ -187,6 +187,7 @@ def _wait_for_lines(process, log, lines):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_told_to_end_saves_asks_for_a_requeue_and_keeps_others_out_until_then(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     overrides = ("train.steps=1000", "checkpoint.every=0", "data.workers=1", "eval.every=0")
@@ -205,6 +206,7 @@ def test_a_run_told_to_end_saves_asks_for_a_requeue_and_keeps_others_out_until_t
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(recipe, tmp_path):
     overrides = ("train.steps=9", "train.residual_dropout=0.1", "data.workers=1")
     whole = _start(recipe, f"run.dir={tmp_path / 'whole'}", *overrides)

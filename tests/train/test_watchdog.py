@@ -106,6 +106,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("where", "words", "stack"),
     [
@@ -124,6 +125,7 @@ def test_a_rank_that_sleeps_is_named_and_every_process_ends(run, where, words, s
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_rank_that_blocks_python_is_named_too_and_ends(run, tmp_path):
     codes, _, report, told = run("forward")
     assert codes == [watchdog.HUNG_CODE, 1]
@@ -132,6 +134,7 @@ def test_a_rank_that_blocks_python_is_named_too_and_ends(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_rank_that_is_killed_is_named(run):
     codes, failure, report, told = run("killed")
     assert codes[1] == -signal.SIGKILL and not report
