@@ -36,7 +36,7 @@ def device(rounds: int) -> hardware.Gpu:
     large = torch.zeros(64_000_000)
     target = torch.empty_like(large)
     copied = record.medians(record.alternate({"copy": lambda: target.copy_(large)}, rounds))["copy"]
-    return hardware.Gpu("processor", 2**40, speeds["bf16"], speeds["float32"], int(2 * large.nbytes / copied), 1, 1)
+    return hardware.Gpu("processor", 2**40, speeds["bf16"], 0, speeds["float32"], int(2 * large.nbytes / copied), 1, 1)
 
 
 def row_of(batch: Batch) -> workload.Row:

@@ -20,6 +20,8 @@ class Gpu:
     """Bytes that the driver reports."""
     flops: int
     """Dense bf16 operations per second."""
+    fp8_flops: int
+    """Dense FP8 operations per second; 0 where the device has none."""
     float32_flops: int
     """Float32 operations per second, without tensor cores."""
     bandwidth: int
@@ -30,10 +32,19 @@ class Gpu:
     """Bytes per second to other nodes, per device, in the usual server. `--network` changes it."""
 
 
-def _gpu(name: str, memory: float, tflops: int, float32: float, memory_gb_s: int, link: int, network: int) -> Gpu:
+def _gpu(
+    name: str, memory: float, tflops: int, fp8: int, float32: float, memory_gb_s: int, link: int, network: int
+) -> Gpu:
     giga, tera = 10**9, 10**12
     return Gpu(
-        name, int(memory * GIB), tflops * tera, int(float32 * tera), memory_gb_s * giga, link * giga, network * giga
+        name,
+        int(memory * GIB),
+        tflops * tera,
+        fp8 * tera,
+        int(float32 * tera),
+        memory_gb_s * giga,
+        link * giga,
+        network * giga,
     )
 
 
@@ -41,17 +52,17 @@ def _gpu(name: str, memory: float, tflops: int, float32: float, memory_gb_s: int
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("h100", 79.1, 989, 67, 3350, 450, 50),
-        _gpu("h100-nvl", 93.1, 835, 60, 3900, 300, 50),
-        _gpu("h100-pcie", 79.1, 756, 51, 2000, 64, 25),
-        _gpu("h200", 139.8, 989, 67, 4800, 450, 50),
-        _gpu("h800", 79.1, 989, 67, 3350, 200, 50),
-        _gpu("b200", 178.3, 2250, 75, 7700, 900, 50),
-        _gpu("a100-80", 79.2, 312, 19.5, 2039, 300, 25),
-        _gpu("a100-40", 39.4, 312, 19.5, 1555, 300, 25),
-        _gpu("a800-80", 79.2, 312, 19.5, 2039, 200, 25),
-        _gpu("l40s", 44.5, 362, 91, 864, 32, 12),
-        _gpu("rtx-4090", 23.5, 165, 82, 1008, 32, 12),
+        _gpu("h100", 79.1, 989, 1979, 67, 3350, 450, 50),
+        _gpu("h100-nvl", 93.1, 835, 1671, 60, 3900, 300, 50),
+        _gpu("h100-pcie", 79.1, 756, 1513, 51, 2000, 64, 25),
+        _gpu("h200", 139.8, 989, 1979, 67, 4800, 450, 50),
+        _gpu("h800", 79.1, 989, 1979, 67, 3350, 200, 50),
+        _gpu("b200", 178.3, 2250, 4500, 75, 7700, 900, 50),
+        _gpu("a100-80", 79.2, 312, 0, 19.5, 2039, 300, 25),
+        _gpu("a100-40", 39.4, 312, 0, 19.5, 1555, 300, 25),
+        _gpu("a800-80", 79.2, 312, 0, 19.5, 2039, 200, 25),
+        _gpu("l40s", 44.5, 362, 733, 91, 864, 32, 12),
+        _gpu("rtx-4090", 23.5, 165, 330, 82, 1008, 32, 12),
     )
 }
 
@@ -106,8 +117,8 @@ class Cluster:
         return int((self.gpu.memory - RESERVED) / (1 + FRAGMENTATION))
 
     def seconds(self, flops: int, moved: int, precision: str) -> float:
-        """An operator's time: arithmetic or memory, whichever takes longer."""
-        peak = self.gpu.flops if precision != "float32" else self.gpu.float32_flops
+        """An operator's time: arithmetic or memory, whichever takes longer. precision: that of its products."""
+        peak = {"float32": self.gpu.float32_flops, "bf16": self.gpu.flops, "fp8": self.gpu.fp8_flops}[precision]
         return max(flops / (peak * self.reach.matmul), moved / (self.gpu.bandwidth * self.reach.memory))
 
     def transfer(self, kind: str, size: int, ranks: int, stride: int) -> float:

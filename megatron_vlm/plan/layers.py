@@ -113,7 +113,7 @@ class Layers:
         weight = inside * outside * self.e if trains else 0
         flops = 2 * rows * inside * outside
         return tape.op(out, x, keeps=keeps, trains=trains, forward=out * bias, backward=gathered + copies,
-                       weight=weight, flops=flops, backward_flops=flops * (x.grad + trains))  # fmt: skip
+                       weight=weight, flops=flops, backward_flops=flops * (x.grad + trains), linear=True)  # fmt: skip
 
     def add(self, tape: Tape, size: int, x: Tensor, residual: Tensor) -> Tensor:
         return tape.op(size, x, residual, passes=True)

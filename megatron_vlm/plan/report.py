@@ -117,7 +117,9 @@ def _parts(plan: Plan, change: Change | None) -> list[RenderableType]:
 
 
 def _precision(config: Config) -> str:
-    return "fp8 (times and memory as for bf16)" if config.train.precision == "fp8" else config.train.precision
+    if config.train.precision != "fp8":
+        return config.train.precision
+    return f"fp8 {config.fp8.recipe} (memory as for bf16, without 8-bit copies of weights; MFU of the bf16 peak)"
 
 
 def _gib(size: float) -> str:

@@ -90,6 +90,8 @@ class Change:
 def plan(config: Config, cluster: Cluster, row: workload.Row) -> Plan:
     """The plan of a configuration. Raises ValueError, with the numbers, where settings and cluster do not fit."""
     rules.check(config, cluster.world)
+    if config.train.precision == "fp8" and not cluster.gpu.fp8_flops:
+        raise ValueError(f"train.precision=fp8: {cluster.gpu.name} has no FP8 arithmetic. Set train.precision=bf16.")
     return Plan(config, cluster, Layout.of(config, cluster.world), row)
 
 

@@ -44,10 +44,11 @@ class _Operator:
     weight: int
     flops: int
     backward_flops: int
+    linear: bool
 
 
-#: Operations and bytes read and written of one operator.
-Work = tuple[int, int]
+#: Of one operator: operations, bytes read and written, and bytes that a linear layer would cast to FP8 (0: no such).
+Work = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Tape:
         weight: int = 0,
         flops: int = 0,
         backward_flops: int = 0,
+        linear: bool = False,
     ) -> Tensor:
         """An operator.
 
@@ -116,14 +118,15 @@ class Tape:
         trains: it has a parameter that trains. passes: its backward hands the output's gradient on without a copy.
         forward, backward: bytes that exist only while it runs. weight: bytes of parameter gradients that exist until
         they are added to the gradient buffer, right after. flops, backward_flops: of its matrix products.
+        linear: these are products with a weight, which FP8 is for.
         """
         return self._record(Tensor(Memory(size), False, size), inputs, keeps, extra, trains, passes, True, forward,
-                            backward, weight, flops, backward_flops)  # fmt: skip
+                            backward, weight, flops, backward_flops, linear)  # fmt: skip
 
     def view(self, tensor: Tensor, size: int | None = None, *, backward: int = 0, passes: bool = True) -> Tensor:
         """A view. passes False: its backward makes a gradient of the whole."""
         out = Tensor(tensor.memory, False, tensor.size if size is None else size)
-        return self._record(out, (tensor,), (), 0, False, passes, False, 0, backward, 0, 0, 0)
+        return self._record(out, (tensor,), (), 0, False, passes, False, 0, backward, 0, 0, 0, False)
 
     def keep(self, out: Tensor) -> Tensor:
         """The operator before keeps its own output too."""
@@ -166,6 +169,7 @@ class Tape:
         weight: int,
         flops: int,
         backward_flops: int,
+        linear: bool,
     ) -> Tensor:
         out.grad = self.grad and (trains or any(tensor.grad for tensor in inputs))
         kept = [item.memory if isinstance(item, Tensor) else item for item in keeps] if out.grad else []
@@ -182,6 +186,7 @@ class Tape:
                 weight,
                 flops,
                 backward_flops,
+                linear,
             )  # fmt: skip
         )
         return out
@@ -208,7 +213,8 @@ class Tape:
     def _forward_work(self) -> Iterator[Work]:
         for op in self._operators:
             if op.fresh:
-                yield op.flops, sum(tensor.size for tensor in op.inputs) + op.out.size + op.kept + op.forward
+                read = sum(tensor.size for tensor in op.inputs)
+                yield op.flops, read + op.out.size + op.kept + op.forward, read * op.linear
 
     def _backward_work(self) -> Iterator[Work]:
         for op in reversed(self._operators):
@@ -216,7 +222,8 @@ class Tape:
                 read = op.out.size + op.kept + sum(memory.size for memory in op.keeps)
                 written = sum(tensor.size for tensor in op.inputs if tensor.grad)
                 # A weight's gradient is added to the float32 buffer: read, read, written.
-                yield op.backward_flops, read + written + 2 * op.backward + 4 * op.weight
+                moved = read + written + 2 * op.backward + 4 * op.weight
+                yield op.backward_flops, moved, op.out.size * op.linear
 
     def _forward(self, start: Tensor, end: Tensor, held: set[Memory]) -> int:
         last = {tensor.memory: at for at, op in enumerate(self._operators) for tensor in (*op.inputs, op.out)}

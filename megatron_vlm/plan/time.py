@@ -129,17 +129,21 @@ def _stage(
 ) -> StageTime:
     spent = {"vision": 0.0, "language": 0.0}
     arithmetic = 0.0
-    precision = config.train.precision
+    precision = "float32" if config.train.precision == "float32" else "bf16"
     for chunk in chunks:
         for segment in memory.segments(parts, chunk, config.train.recompute):
             profile = segment.profile
             work = profile.forward_work + (profile.backward_work if profile.trains else ())
             name = "vision" if segment.name == "vision" else "language"
-            for flops, moved in work:
-                seconds = segment.count * cluster.seconds(flops, moved, precision)
-                spent[name] += seconds
-                if flops and cluster.seconds(flops, 0, precision) >= cluster.seconds(0, moved, precision):
-                    arithmetic += seconds
+            share = _fp8_share(config, segment.name, chunk)
+            for flops, moved, cast in work:
+                for part, kind in ((share, "fp8"), (1 - share, precision)) if cast else ((1.0, precision),):
+                    if part:
+                        seconds = part * segment.count * cluster.seconds(flops, moved, kind)
+                        spent[name] += seconds
+                        if flops and cluster.seconds(flops, 0, kind) >= cluster.seconds(0, moved, kind):
+                            arithmetic += seconds
+                spent[name] += share * segment.count * cluster.seconds(0, _CASTS[config.fp8.recipe] * cast, precision)
     exchanged = [talk for talk in talks if talk.group in ("tensor", "heads", "keys", "crops")]
     exchanged = [talk for talk in exchanged if not talk.what.startswith("gradients of")]
     sent = [talk for talk in talks if talk.kind == "send" and talk.group == "pipeline"]
@@ -160,6 +164,22 @@ def _hidden(sums: Sequence[float], stages: Sequence[StageTime]) -> float:
     first, *_ = stages
     going = sum(stage.busy for stage in stages[:-1] or (first,)) * BACKWARD
     return min(going, sum(sums[:-1]) if len(stages) == 1 else sum(sums))
+
+
+#: Passes over a bf16 operand (2 bytes a number) before its product in FP8: read once, and written in 8 bits along rows
+#: and along columns; tensorwise reads it before that for its largest number.
+_CASTS = {"tensorwise": 3, "delayed": 2, "blockwise": 2, "mxfp8": 2}
+
+
+def _fp8_share(config: Config, segment: str, chunk: params.Stage) -> float:
+    """Share of the linear layers of a segment that are computed in FP8."""
+    fp8, component = config.fp8, {"vision": "vision", "decoder": "language"}.get(segment)
+    if config.train.precision != "fp8" or component not in fp8.components:
+        return 0.0
+    if component == "vision":
+        return 1.0
+    kept = fp8.first_layers_bf16 * chunk.first + fp8.last_layers_bf16 * chunk.last
+    return (chunk.layers - kept) / chunk.layers if chunk.layers else 0.0
 
 
 def _seconds(talks: Sequence[Collective], layout: Layout, cluster: Cluster) -> float:

@@ -22,7 +22,7 @@ def forward_flops(config: Config, row: workload.Row) -> int:
     parts = Parts(arch, memory.settings(config, Layout(1), cuda=True), load_of_rank, frozenset())
     stage = params.Stage(True, True, arch.language.layers)
     found = memory.segments(parts, stage, "none")
-    return sum(segment.count * flops for segment in found for flops, _ in segment.profile.forward_work)
+    return sum(segment.count * flops for segment in found for flops, *_ in segment.profile.forward_work)
 
 
 def check(config: Config, row: workload.Row) -> None:
@@ -52,5 +52,5 @@ def test_ranks_share_the_work():
     arch = presets.architecture(one.model)
     parts = Parts(arch, memory.settings(shared, layout, cuda=True), workload.load(row, shared, layout), frozenset())
     found = memory.segments(parts, params.Stage(True, True, arch.language.layers), "none")
-    flops = sum(segment.count * flops for segment in found for flops, _ in segment.profile.forward_work)
+    flops = sum(segment.count * flops for segment in found for flops, *_ in segment.profile.forward_work)
     assert flops * 8 == forward_flops(one, row)

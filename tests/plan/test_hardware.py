@@ -28,6 +28,7 @@ def test_roofline():
     assert h100.seconds(10**15, 0, "bf16") == pytest.approx(10**15 / (989e12 * 0.65))
     assert h100.seconds(0, 10**9, "bf16") == pytest.approx(10**9 / (3350e9 * 0.75))
     assert h100.seconds(10**15, 10**9, "bf16") == h100.seconds(10**15, 0, "bf16")
+    assert h100.seconds(10**15, 0, "fp8") == pytest.approx(10**15 / (1979e12 * 0.65))
     assert h100.seconds(10**12, 0, "float32") > 10 * h100.seconds(10**12, 0, "bf16")
 
 

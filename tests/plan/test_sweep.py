@@ -79,6 +79,29 @@ def test_ranking():
         assert change.plan.layout.world == 4
 
 
+def test_fp8_takes_less_time_for_the_products_of_its_layers_and_some_for_its_casts():
+    """Every product of a layer is bound by arithmetic here; by hand from the sizes of Molmo2-4B and an H100's sheet."""
+    common = ("train.recompute=none", "parallel.tensor=1", "parallel.sequence=false", "parallel.context=1")
+    bf16 = plan("molmo2_4b/stage2.yaml", "h100", 1, 8, *common)
+    fp8 = plan("molmo2_4b/stage2.yaml", "h100", 1, 8, *common, "train.precision=fp8")
+    rows = 16_384 * bf16.config.train.micro_batch
+    hidden, heads, mlp = 2560, 32 * 128, 9728
+    qkv = heads + 2 * 8 * 128
+    flops = 3 * 2 * rows * (hidden * qkv + heads * hidden + 3 * hidden * mlp)
+    cast = 2 * rows * ((hidden + heads + hidden + mlp) + (qkv + hidden + 2 * mlp + hidden))
+    saved = flops * (1 / 989e12 - 1 / 1979e12) / 0.65 - 3 * cast / (3350e9 * 0.75)
+    (before,), (after,) = bf16.time.stages, fp8.time.stages
+    assert before.language - after.language == pytest.approx((36 - 2) * saved, rel=1e-6)
+    assert before.vision == after.vision
+    every = plan("molmo2_4b/stage2.yaml", "h100", 1, 8, *common, "train.precision=fp8", "fp8.recipe=delayed",
+                 "fp8.first_layers_bf16=0", "fp8.last_layers_bf16=0")  # fmt: skip
+    assert before.language - every.time.stages[0].language == pytest.approx(
+        36 * (saved + cast / (3350e9 * 0.75)), rel=1e-6
+    )
+    with pytest.raises(ValueError, match="a100-80 has no FP8"):
+        plan("molmo2_4b/stage2.yaml", "a100-80", 1, 8, *common, "train.precision=fp8")
+
+
 def test_balanced_stages_are_faster():
     found = plan("molmo2_8b/stage2.yaml", "h100", 4, 8, "parallel.pipeline=2")
     counts = sweep.pipeline_layers(found)
