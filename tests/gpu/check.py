@@ -56,6 +56,8 @@ class Part:
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     timeout_s: float = 1800.0
+    skipped: str = ""
+    """Why this machine cannot run it; empty = it can."""
 
 
 @dataclass
@@ -66,9 +68,13 @@ class Result:
     name: str
     command: str
     outcome: str
-    """passed, or what went wrong in a line."""
+    """passed, "skipped: " with the reason, or what went wrong in a line."""
     seconds: float
     found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome != "passed" and not self.outcome.startswith("skipped: ")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -82,8 +88,20 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parts(gpus: int, out: Path, only: Sequence[str]) -> list[Part]:
-    """What is run on `gpus` GPUs."""
+def missing(words: Sequence[str]) -> str:
+    """What these settings of the tiny recipe need and this machine lacks: FP8 on an A100; empty = nothing."""
+    from megatron_vlm.config import load
+    from megatron_vlm.model import kernels
+
+    try:
+        kernels.choose(load.load(ROOT / TINY, words))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def parts(gpus: int, out: Path, only: Sequence[str], here: bool = False) -> list[Part]:
+    """What is run on `gpus` GPUs. here: on this machine, so what it lacks is skipped."""
     python = sys.executable
     found = [
         Part("kernels", "attention", (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"),
@@ -93,7 +111,8 @@ def parts(gpus: int, out: Path, only: Sequence[str]) -> list[Part]:
     curves = {"reference": ("run.device=cpu",)} | {name: words for name, (words, _) in CURVES.items()}
     for name, words in curves.items():
         folder = f"run.dir={out / 'curves' / name}"
-        found.append(Part("curves", name, (python, "-m", "megatron_vlm.train", TINY, *steps, *words, folder)))
+        command = (python, "-m", "megatron_vlm.train", TINY, *steps, *words, folder)
+        found.append(Part("curves", name, command, skipped=missing(words) if here else ""))
     for world, names in LAYOUTS.items():
         if world <= gpus:
             words = ("--device", "cuda", "--tolerance", "1e-3", "--weight-tolerance", "1e-1", "--layouts", *names)
@@ -109,6 +128,8 @@ def parts(gpus: int, out: Path, only: Sequence[str]) -> list[Part]:
 
 def run(part: Part, out: Path) -> Result:
     """Run a part; its whole output goes into a log beside the report."""
+    if part.skipped:
+        return Result(part.group, part.name, shlex.join(part.command), f"skipped: {part.skipped}", 0.0)
     log = out / "logs" / f"{part.group}-{part.name}.log".replace("/", "_").replace(" ", "_")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | part.environment
@@ -195,7 +216,9 @@ def write(results: Sequence[Result], facts: dict[str, Any], out: Path) -> None:
 
 def markdown(results: Sequence[Result], facts: dict[str, Any]) -> str:
     """The report for people."""
-    lines = ["# GPU check", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    failed = [f"{x.group} {x.name}" for x in results if x.failed]
+    lines = ["# GPU check", "", f"Failed: {', '.join(failed) or 'nothing'}", ""]
+    lines += [*(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += ["| part | | seconds | outcome |", "|---|---|---|---|"]
     lines += [f"| {x.group} | {x.name} | {x.seconds:.0f} | {x.outcome.replace('|', '/')} |" for x in results]
     cases = [case for each in results for case in each.found.get("cases", ())]
@@ -249,16 +272,20 @@ def main(argv: Sequence[str], count: Callable[[], int] = count_gpus) -> int:
     (out / "kernels.jsonl").unlink(missing_ok=True)
     results: list[Result] = []
     facts = machine()
-    for part in parts(min(gpus, here), out, asked.only):
+    for part in parts(min(gpus, here), out, asked.only, here=True):
         print(f"[{part.group}] {part.name} ...", flush=True)
         results.append(run(part, out))
         print(f"    {results[-1].outcome} ({results[-1].seconds:.0f} s)", flush=True)
         write(results, facts, out)  # whatever happens later, this much is there
     judge(results, out)
     write(results, facts, out)
-    failed = [each for each in results if each.outcome != "passed"]
-    print(f"{len(results) - len(failed)} of {len(results)} passed. Report: {out / 'report.md'}")
-    return 1 if failed else 0
+    failed = [each for each in results if each.failed]
+    for each in failed:
+        print(f"Failed: [{each.group}] {each.name}: {each.outcome}")
+    passed = sum(each.outcome == "passed" for each in results)
+    skipped = len(results) - passed - len(failed)
+    print(f"{passed} of {len(results)} passed, {skipped} skipped. Report: {out / 'report.md'}")
+    return 1 if failed or not passed else 0
 
 
 if __name__ == "__main__":

@@ -76,6 +76,30 @@ def test_parts_that_pass_fail_and_hang(tmp_path):
     assert check.run(slow, tmp_path).outcome == "not done after 0 s"
 
 
+def test_the_exit_code_and_the_report_name_the_part_that_failed(tmp_path, monkeypatch, capsys):
+    fine, skipped = part("print()", group="layouts", name="fine"), check.Part("curves", "x", (), skipped="no FP8 here")
+    wrong = part("raise ValueError('three heads')", group="layouts", name="wrong")
+    monkeypatch.setattr(check, "machine", dict)
+
+    def ran(*chosen: check.Part) -> int:
+        monkeypatch.setattr(check, "parts", lambda *_, **__: chosen)
+        return check.main(["--out", str(tmp_path)], count=lambda: 1)
+
+    assert ran(fine, skipped) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "Failed: nothing" in text and "| curves | x | 0 | skipped: no FP8 here |" in text
+    assert "1 of 2 passed, 1 skipped" in capsys.readouterr().out
+    assert ran(fine, wrong, skipped) == 1
+    assert "Failed: layouts wrong" in (tmp_path / "report.md").read_text()
+    assert "Failed: [layouts] wrong: exit code 1: ValueError: three heads" in capsys.readouterr().out
+    assert ran(skipped) == 1  # nothing was shown
+
+
+def test_what_this_machine_cannot_run_is_skipped_with_the_reason(tmp_path):
+    words = {part.name: part.skipped for part in check.parts(1, tmp_path, ("curves",), here=True)}
+    assert not words["reference"] and (SEEN or "Transformer Engine" in words["fp8"])
+
+
 def curve(out: Path, name: str, shift: float) -> None:
     folder = out / "curves" / name
     folder.mkdir(parents=True)
