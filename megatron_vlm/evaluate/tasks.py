@@ -84,8 +84,8 @@ TASKS: dict[str, Task] = {
     **_tasks("vqa", 12, "coco_2014_vqa_test"),
     **_tasks("choice or words", 64, "mmmu"),
     **_tasks("choice", 32, "ai2d_test", "muir_bench", "mmiu", "blink", "mvbench", "tomato", "motionbench",
-             "temp_compass", "perception_test_val", "ego_schema", "nextqa_mc_test", "video_mme", "long_video_bench",
-             "lvbench", "mlvu_mc", "video_eval_pro_mc"),
+             "temp_compass", "perception_test_val", "ego_schema", "nextqa_mc_test", "video_mme", "video_mme_subtitles",
+             "long_video_bench", "long_video_bench_subtitles", "lvbench", "mlvu_mc", "video_eval_pro_mc"),
     **_tasks("choice or words", 32, "real_world_qa"),
 }  # fmt: skip
 

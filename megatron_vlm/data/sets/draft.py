@@ -58,6 +58,20 @@ class MaskFile:
 
 
 @dataclass(frozen=True)
+class SubtitleFile:
+    """Subtitles of a video that lie in a JSON file of their own, below the folder of the data set's media."""
+
+    path: str
+    """A list, or an object whose members are numbered, of {start, end, text}."""
+    member: str = ""
+    """Of a file for all videos: the video's. "" = the file is that of the video."""
+    start: float = 0.0
+    """Seconds on the subtitles' clock at which the video begins."""
+    seconds: float = 0.0
+    """Of the video, for a line that does not say when it ends."""
+
+
+@dataclass(frozen=True)
 class Draft:
     """A sample, or a piece of one: drafts of equal `identity` are branches of one sample."""
 
@@ -72,6 +86,7 @@ class Draft:
     info: dict[str, Any] = field(default_factory=dict)
     masks: tuple[MaskFile, ...] = ()
     """One for each object of the only answer, or one for the places of an image, which then are not known otherwise."""
+    subtitles: SubtitleFile | None = None
 
     @property
     def identity(self) -> str:
@@ -91,15 +106,17 @@ def to_line(draft: Draft) -> str:
     ]
     text = to_json(Example(draft.part, draft.branches, clip=draft.clip, info=draft.info))
     masks = [[one.path, one.member, one.value, one.fps, one.rate] for one in draft.masks]
-    return json.dumps([text, draft.in_pixels, media, masks], ensure_ascii=False)
+    lines = [[one.path, one.member, one.start, one.seconds] for one in (draft.subtitles,) if one]
+    return json.dumps([text, draft.in_pixels, media, masks, lines], ensure_ascii=False)
 
 
 def from_line(line: str) -> Draft:
     """A draft from `to_line`'s line."""
-    text, in_pixels, media, masks = json.loads(line)
+    text, in_pixels, media, masks, lines = json.loads(line)
     example = from_json(text)
     references = tuple(
         Reference(kind, url, path, base64.b64decode(data), sha256, id) for kind, url, path, data, sha256, id in media
     )
     files = tuple(MaskFile(*one) for one in masks)
-    return Draft(example.branches, references, in_pixels, example.clip, example.key, example.info, files)
+    subtitles = SubtitleFile(*lines[0]) if lines else None
+    return Draft(example.branches, references, in_pixels, example.clip, example.key, example.info, files, subtitles)

@@ -1,8 +1,7 @@
 """The table: sets that are for evaluation only, with what scoring needs. See entry.py for how to add a data set.
 
 Validation splits of the recipes' own sets (VQA v2, TextVQA, ChartQA, DocVQA, InfographicVQA, A-OKVQA, ScienceQA,
-PixMo-Count) are in images.py. Not read: the subtitles of Video-MME and LongVideoBench; MeViS' challenge split `valid`,
-whose answers are not published.
+PixMo-Count) are in images.py. Not read: MeViS' challenge split `valid`, whose answers are not published.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from megatron_vlm.data.sets.tracks import tracks
 
 _TEST = {"test": "test"}
 _YOUTUBE = "the videos by their ids on YouTube"
+_LONG_VIDEO_BENCH = {"video": "video_path", "options": "candidates", "answer_index": "correct_choice"}
 
 
 def _set(family: Any, by_hand: str = "", *, splits: dict[str, str] | None = None, **more: Any) -> Entry:
@@ -144,10 +144,19 @@ VIDEO_EVAL = {
                                      columns={"answer_index": "answer"}, verified="reader"),
     "video_mme": _video_choices(_YOUTUBE, hub="lmms-lab/Video-MME", files=("videomme/test-*.parquet",),
                                 columns={"video": "videoID", "category": "duration"}, verified="reader"),
-    "long_video_bench": _video_choices("the archives of the repository; subtitles are not read",
-                                       hub="longvideobench/LongVideoBench", files=("lvb_val.json",),
-                                       columns={"video": "video_path", "options": "candidates",
-                                                "answer_index": "correct_choice"}, verified="reader"),
+    "video_mme_subtitles": _video_choices(
+        f"{_YOUTUBE}; subtitles.json of allenai/Molmo2-VideoMME beside them", hub="lmms-lab/Video-MME",
+        files=("videomme/test-*.parquet",), columns={"video": "videoID", "category": "duration"}, media="video_mme",
+        options={"style": "video_multiple_choice_w_subtitle", "subtitles": "subtitles.json", "member": "video"},
+        verified="reader"),
+    "long_video_bench": _video_choices("the archives of the repository", hub="longvideobench/LongVideoBench",
+                                       files=("lvb_val.json",), columns=_LONG_VIDEO_BENCH, verified="reader"),
+    "long_video_bench_subtitles": _video_choices(
+        "the archives of the repository; its subtitles in subtitles/", hub="longvideobench/LongVideoBench",
+        files=("lvb_val.json",), media="long_video_bench",
+        columns=_LONG_VIDEO_BENCH | {"subtitles_start": "starting_timestamp_for_subtitles", "seconds": "duration"},
+        options={"style": "video_multiple_choice_w_subtitle", "subtitles": "subtitles/{subtitle_path}"},
+        verified="reader"),
     "lvbench": _set(written_choices, _YOUTUBE, hub="zai-org/LVBench", files=("video_info.meta.jsonl",), explode="qa",
                     columns={"video": "key"}, options={"style": "video_multiple_choice"}, verified="reader"),
     "mlvu_mc": _video_choices("the archives of the repository", hub="MLVU/MVLU", files=("MLVU/json/*.json",),

@@ -1,4 +1,5 @@
-"""Drafts -> Examples: finds each file that a draft names, stores it, reads masks, and turns pixels into fractions."""
+"""Drafts -> Examples: finds each file that a draft names, stores it, reads masks and subtitles that lie beside it, and
+turns pixels into fractions."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.data import image
-from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn
+from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Subtitle, Turn
 from megatron_vlm.data.masks import packed, unpacked
-from megatron_vlm.data.sets.draft import Draft, MaskFile, Reference
+from megatron_vlm.data.sets.draft import Draft, MaskFile, Reference, SubtitleFile
 from megatron_vlm.data.sets.places import inside
-from megatron_vlm.data.sets.row import Row
+from megatron_vlm.data.sets.row import Row, words
 from megatron_vlm.data.sets.source import stored_name
 
 #: Most letters of a file name that a row may hold.
@@ -69,13 +70,42 @@ class Finder:
         (path,) = self._by_name(Reference("mask", path=file.path))
         if path.suffix == ".json" and path.is_file():
             table = _json(path)
-            if not isinstance(table.get(file.member), list):
+            if not isinstance(table, dict) or not isinstance(table.get(file.member), list):
                 raise Missing(f"{path} holds no masks of {file.member!r}.")
             return [packed(one) if one else None for one in table[file.member]]
         pictures = sorted(path.glob("*.png")) if path.is_dir() else [path] if path.is_file() else []
         if not pictures:
             raise Missing(f"masks {file.path!r} are not at {path}.")
         return [packed(image.mask(one.read_bytes(), file.value, name=str(one))) for one in pictures]
+
+    def subtitles(self, file: SubtitleFile) -> tuple[Subtitle, ...]:
+        """The lines of a video, in seconds of it; none where a file for all videos has none of this one.
+
+        Raises Missing, or ValueError for what is no subtitles.
+        """
+        (path,) = self._by_name(Reference("subtitles", path=file.path))
+        if not path.is_file():
+            raise Missing(f"subtitles {file.path!r} are not at {path}.")
+        found = _json(path)
+        if file.member:
+            found = found.get(file.member, ()) if isinstance(found, dict) else None
+        found = list(found.values()) if isinstance(found, dict) else found
+        if not isinstance(found, list | tuple) or not all(isinstance(one, dict) for one in found):
+            raise ValueError(f"{path} holds no subtitles of {file.member or 'the video'}.")
+        lines = []
+        for row in map(Row, found):
+            span = row.items("timestamp") or [row.get("start"), row.get("end")]
+            start, end = (*span, None, None)[:2]
+            begin = Row({"start": start}).number("start") - file.start
+            until = Row({"end": end}).number("end") - file.start if end is not None else file.seconds
+            text = " ".join(words(row.get("text" if row.get("text") is not None else "line")).split())
+            if text and until >= max(begin, 0.0) and (not file.seconds or begin <= file.seconds):
+                lines.append(Subtitle(max(begin, 0.0), until, text))
+        return tuple(lines)
+
+    def beside(self, file: MaskFile | SubtitleFile) -> Sequence[Any]:
+        """What a file holds that lies beside the media."""
+        return self.masks(file) if isinstance(file, MaskFile) else self.subtitles(file)
 
     def _by_name(self, reference: Reference) -> list[Path]:
         name = PurePosixPath(reference.path or reference.id)
@@ -89,21 +119,22 @@ class Finder:
 
 
 @lru_cache(maxsize=1)
-def _json(path: Path) -> dict[str, Any]:
-    """One file serves all rows of a data set."""
-    table = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} is no table of masks.")
-    return table
+def _json(path: Path) -> Any:
+    """One file may serve all rows of a data set."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from error
 
 
 def resolve(
     key: str,
     draft: Draft,
     add: Callable[[Reference], Media],
-    masks: Callable[[MaskFile], Sequence[Mask]] = lambda file: (),
+    beside: Callable[[MaskFile | SubtitleFile], Sequence[Any]] = lambda file: (),
 ) -> Example:
-    """The sample of a draft. add: stores the file of a reference and gives back its name and size. masks: reads a file.
+    """The sample of a draft. add: stores the file of a reference and gives back its name and size. beside: what a file
+    holds that lies beside the media.
 
     Raises ValueError, saying what is wrong, for one that cannot be trained on.
     """
@@ -112,8 +143,10 @@ def resolve(
     if draft.in_pixels:
         branches = tuple(_scaled(branch, media) for branch in branches)
     if draft.masks:
-        draft, branches = _masked(draft, branches, [_rows(file, masks(file)) for file in draft.masks])
+        draft, branches = _masked(draft, branches, [_rows(file, beside(file)) for file in draft.masks])
     sample = Example(key, branches, media, draft.info)
+    if draft.subtitles is not None and (lines := tuple(beside(draft.subtitles))):
+        draft = replace(draft, clip=replace(draft.clip or Clip(), subtitles=lines))
     if draft.clip is not None:
         sample = replace(sample, clip=draft.clip)
     sample.check()

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_vlm.data.example import Branch, Clip, Point, Points, Tracks, Turn
 from megatron_vlm.data.masks import packed
-from megatron_vlm.data.sets.draft import Draft, MaskFile
+from megatron_vlm.data.sets.draft import Draft, MaskFile, SubtitleFile
 from megatron_vlm.data.sets.places import MAX_POINTS, inside, pairs
 from megatron_vlm.data.sets.questions import plain_choice
 from megatron_vlm.data.sets.row import LeftOut, Row
@@ -161,15 +161,27 @@ def _numbered(texts: list[str]) -> list[str]:
     return [_PLACEHOLDER.sub(named, text).strip() for text in texts]
 
 
-def choices(row: Row, *, style: str, options: tuple[str, ...] = (), path: str = "") -> Iterator[Draft]:
+def choices(
+    row: Row, *, style: str, options: tuple[str, ...] = (), subtitles: str = "", member: str = "", path: str = ""
+) -> Iterator[Draft]:
     """A question about a video (or an image) with `options`, a list or the columns named by the parameter, in the plain
-    layout of benchmarks; `answer_index`, or `answer`: number, letter or text. Subtitles come along, a span cuts."""
+    layout of benchmarks; `answer_index`, or `answer`: number, letter or text. Subtitles come along, a span cuts.
+
+    subtitles: form of the name of the file that has them, on whose clock the video begins at `subtitles_start` and takes
+               `seconds`. member: column that names the video in a file for all of them.
+    """
     texts = row.texts("options") or [row.text(name) for name in options if row.get(name)]
     if len(texts) < 2:
         raise row.bad("options", row.get("options"), "at least two options")
     turn = plain_choice(row.text("question"), texts, row)
     info: Mapping[str, Any] = {"category": row.text("category")} if row.get("category") else {}
-    yield Draft((Branch(style, (turn,)),), row.media(path), clip=row.clip(), info=dict(info))
+    lines = None
+    if subtitles:
+        start, seconds = (
+            row.number(name) if row.get(name) is not None else 0 for name in ("subtitles_start", "seconds")
+        )
+        lines = SubtitleFile(row.form(subtitles), row.text(member) if member else "", start, seconds)
+    yield Draft((Branch(style, (turn,)),), row.media(path), clip=row.clip(), info=dict(info), subtitles=lines)
 
 
 def written_choices(row: Row, *, style: str, path: str = "") -> Iterator[Draft]:

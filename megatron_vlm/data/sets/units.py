@@ -155,7 +155,7 @@ def build_unit(places: Places, unit: Unit) -> None:
             for key, draft in trees(sound, chat_share=entry.chat_share):
                 try:
                     writer.add(
-                        resolve(key, draft, add, finder.masks),
+                        resolve(key, draft, add, finder.beside),
                         unit.dataset,
                         "test" if entry.evaluation_only else unit.split,
                     )

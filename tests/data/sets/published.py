@@ -273,7 +273,8 @@ ROWS: dict[str, list[Row]] = {
     "video_mme": three(lambda i: {"video_id": f"{i}", "videoID": f"v{i}", "duration": "short", "question": "What?",
                                   "options": ["A. x.", "B. y."], "answer": "B", "question_id": str(i)}),
     "long_video_bench": three(lambda i: {"video_path": f"v{i}.mp4", "question": "What?", "candidates": ["x", "y"],
-                                         "correct_choice": 1, "subtitle_path": "s.json"}),
+                                         "correct_choice": 1, "subtitle_path": "s.json",
+                                         "starting_timestamp_for_subtitles": 20.0, "duration": 9.0}),
     "lvbench": three(lambda i: {"key": f"v{i}", "type": "cartoon", "video_info": {}, "qa": [
         {"uid": str(i), "question": "What?\n(A) x\n(B) y", "answer": "B", "time_reference": "00:15-00:19"}]}),
     "mlvu_mc": three(lambda i: {"video": f"v{i}.mp4", "question": "What?", "candidates": ["x", "y"], "answer": "y"}),

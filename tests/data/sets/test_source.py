@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Turn, to_json
+from megatron_vlm.data.example import Branch, Clip, Example, Media, Point, Points, Subtitle, Turn, to_json
 from megatron_vlm.data.masks import packed, unpacked
 from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Draft, Reference, from_line, to_line
 from megatron_vlm.data.sets.entry import Entry
 from megatron_vlm.data.sets.group import trees
 from megatron_vlm.data.sets.questions import questions
-from megatron_vlm.data.sets.resolve import Finder, Missing, resolve
+from megatron_vlm.data.sets.resolve import Finder, Missing, _json, resolve
 from megatron_vlm.data.sets.row import Row
 from megatron_vlm.data.sets.source import Context, Piece
 from megatron_vlm.data.sets.table import TABLE, find
@@ -219,7 +219,7 @@ def masks(folder: Path, name: str, row: dict[str, object]) -> tuple[Example, Dra
     assert from_line(to_line(draft)) == draft
     finder = Finder(folder, PurePosixPath("files/x"))
     media = Media("0" * 64, 6, 4, *(("video", 2.0, 6.0, 12) if draft.media[0].kind == "video" else ()))
-    return resolve("a", draft, lambda _: media, finder.masks), draft
+    return resolve("a", draft, lambda _: media, finder.beside), draft
 
 
 def test_masks_lie_in_files_of_every_published_kind(tmp_path: Path) -> None:
@@ -282,3 +282,31 @@ def test_places_that_only_a_mask_knows_lie_in_it(tmp_path: Path) -> None:
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match="1_mask.png has no readable header"):
         masks(tmp_path, "point_bench", row)
+
+
+def test_subtitles_in_their_published_forms(tmp_path: Path) -> None:
+    folder = tmp_path / "files/x"
+    (folder / "subtitles").mkdir(parents=True)
+    (folder / "subtitles.json").write_text(json.dumps({"v0": {
+        "0": {"start": 1.5, "end": 2, "text": "One."}, "1": {"start": 0.5, "end": 1, "text": " Two\nlines "}}}))  # fmt: skip
+    sample, _ = masks(tmp_path, "video_mme_subtitles", rows("video_mme_subtitles")[0])
+    assert sample.clip == Clip(subtitles=(Subtitle(1.5, 2.0, "One."), Subtitle(0.5, 1.0, "Two lines")))
+    sample, _ = masks(tmp_path, "video_mme_subtitles", rows("video_mme_subtitles")[1])
+    assert sample.clip is None, "not every video has subtitles"
+    # The video begins at 20 s of the subtitles' clock and takes 9 s.
+    path = folder / "subtitles/s.json"
+    path.write_text(json.dumps([
+        {"start": "00:00:10.000", "end": "00:00:19.900", "line": "before"}, {"start": "0:00:18", "end": "0:00:22", "line": "a"},
+        {"timestamp": [25.0, None], "text": "b"}, {"timestamp": [29.5, 31.0], "text": "after"}]))  # fmt: skip
+    row = rows("long_video_bench_subtitles")[0]
+    sample, _ = masks(tmp_path, "long_video_bench_subtitles", row)
+    assert sample.clip == Clip(subtitles=(Subtitle(0.0, 2.0, "a"), Subtitle(5.0, 9.0, "b")))
+    for content, message in (("[", "is no JSON"), ("7", "holds no subtitles"), ('["a"]', "holds no subtitles"),
+                             ('[{"line": "a"}]', "needed a finite number")):  # fmt: skip
+        path.write_text(content)
+        _json.cache_clear()
+        with pytest.raises(ValueError, match=message):
+            masks(tmp_path, "long_video_bench_subtitles", row)
+    path.unlink()
+    with pytest.raises(Missing, match="subtitles 'subtitles/s.json' are not at"):
+        masks(tmp_path, "long_video_bench_subtitles", row)

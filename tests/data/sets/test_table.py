@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,12 +17,12 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.data import mixture
-from megatron_vlm.data.example import Branch, Example, Media, Points, Tracks, from_json, to_json
+from megatron_vlm.data.example import Branch, Example, Media, Points, Subtitle, Tracks, from_json, to_json
 from megatron_vlm.data.masks import packed
 from megatron_vlm.data.sets import source
-from megatron_vlm.data.sets.draft import MaskFile, Reference
+from megatron_vlm.data.sets.draft import MaskFile, Reference, SubtitleFile
 from megatron_vlm.data.sets.group import trees
-from megatron_vlm.data.sets.resolve import Mask, resolve
+from megatron_vlm.data.sets.resolve import resolve
 from megatron_vlm.data.sets.row import LeftOut
 from megatron_vlm.data.sets.row import Row as SetRow
 from megatron_vlm.data.sets.table import TABLE, find
@@ -94,8 +96,10 @@ def add(reference: Reference) -> Media:
     return Media(key, 40, 20)
 
 
-def masks(file: MaskFile) -> list[Mask]:
-    """Of every object in every frame; of an image, its right half."""
+def beside(file: MaskFile | SubtitleFile) -> Sequence[Any]:
+    """Masks of every object in every frame; of an image, its right half. One line of subtitles."""
+    if isinstance(file, SubtitleFile):
+        return (Subtitle(1.0, 2.5, "Hm."),)
     return [packed(WHOLE)] * 12 if file.fps else [packed(HALF)]
 
 
@@ -108,7 +112,7 @@ def read(folder: Path, name: str) -> list[Example]:
                 assert isinstance(draft, LeftOut), f"{name} {place}: {draft}"
             else:
                 found.append(draft)
-    return [resolve(key, draft, add, masks) for key, draft in trees(found, chat_share=entry.chat_share)]
+    return [resolve(key, draft, add, beside) for key, draft in trees(found, chat_share=entry.chat_share)]
 
 
 def members() -> list[str]:
@@ -198,6 +202,13 @@ def test_subtitles_and_spans_come_along(tmp_path: Path) -> None:
     assert clip is not None and (clip.start, clip.end) == (6.01, 14.2)
     (line,) = clip.subtitles  # of the file beside, in seconds of the clip
     assert (line.start, line.end, line.text) == (pytest.approx(0.99), pytest.approx(2.49), "Hm.")
+
+
+def test_subtitles_lie_in_files_beside_the_videos(tmp_path: Path) -> None:
+    for name in ("video_mme_subtitles", "long_video_bench_subtitles"):
+        for sample in of(name, tmp_path):
+            assert only(sample).style == "video_multiple_choice_w_subtitle"
+            assert sample.clip is not None and [line.text for line in sample.clip.subtitles] == ["Hm."]
 
 
 def test_the_most_frequent_answer_is_taken(tmp_path: Path) -> None:
