@@ -167,8 +167,8 @@ def choices(
     """A question about a video (or an image) with `options`, a list or the columns named by the parameter, in the plain
     layout of benchmarks; `answer_index`, or `answer`: number, letter or text. Subtitles come along, a span cuts.
 
-    subtitles: form of the name of the file that has them, on whose clock the video begins at `subtitles_start` and takes
-               `seconds`. member: column that names the video in a file for all of them.
+    subtitles: form of the name of the file that has them, on whose clock the video begins at `subtitles_start` and
+               takes `seconds`. member: column that names the video in a file for all of them.
     """
     texts = row.texts("options") or [row.text(name) for name in options if row.get(name)]
     if len(texts) < 2:
@@ -177,10 +177,8 @@ def choices(
     info: Mapping[str, Any] = {"category": row.text("category")} if row.get("category") else {}
     lines = None
     if subtitles:
-        start, seconds = (
-            row.number(name) if row.get(name) is not None else 0 for name in ("subtitles_start", "seconds")
-        )
-        lines = SubtitleFile(row.form(subtitles), row.text(member) if member else "", start, seconds)
+        known = [row.number(name) if row.get(name) is not None else 0.0 for name in ("subtitles_start", "seconds")]
+        lines = SubtitleFile(row.form(subtitles), row.text(member) if member else "", *known)
     yield Draft((Branch(style, (turn,)),), row.media(path), clip=row.clip(), info=dict(info), subtitles=lines)
 
 

@@ -288,7 +288,8 @@ def test_subtitles_in_their_published_forms(tmp_path: Path) -> None:
     folder = tmp_path / "files/x"
     (folder / "subtitles").mkdir(parents=True)
     (folder / "subtitles.json").write_text(json.dumps({"v0": {
-        "0": {"start": 1.5, "end": 2, "text": "One."}, "1": {"start": 0.5, "end": 1, "text": " Two\nlines "}}}))  # fmt: skip
+        "0": {"start": 1.5, "end": 2, "text": "One."},
+        "1": {"start": 0.5, "end": 1, "text": " Two\nlines "}}}))  # fmt: skip
     sample, _ = masks(tmp_path, "video_mme_subtitles", rows("video_mme_subtitles")[0])
     assert sample.clip == Clip(subtitles=(Subtitle(1.5, 2.0, "One."), Subtitle(0.5, 1.0, "Two lines")))
     sample, _ = masks(tmp_path, "video_mme_subtitles", rows("video_mme_subtitles")[1])
@@ -296,7 +297,8 @@ def test_subtitles_in_their_published_forms(tmp_path: Path) -> None:
     # The video begins at 20 s of the subtitles' clock and takes 9 s.
     path = folder / "subtitles/s.json"
     path.write_text(json.dumps([
-        {"start": "00:00:10.000", "end": "00:00:19.900", "line": "before"}, {"start": "0:00:18", "end": "0:00:22", "line": "a"},
+        {"start": "00:00:10.000", "end": "00:00:19.900", "line": "before"},
+        {"start": "0:00:18", "end": "0:00:22", "line": "a"},
         {"timestamp": [25.0, None], "text": "b"}, {"timestamp": [29.5, 31.0], "text": "after"}]))  # fmt: skip
     row = rows("long_video_bench_subtitles")[0]
     sample, _ = masks(tmp_path, "long_video_bench_subtitles", row)
