@@ -40,9 +40,11 @@ from megatron_vlm.evaluate import draw
 #: Frames that the page shows of a video.
 SHOWN_FRAMES = 8
 STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+    "body{font:15px/1.5 sans-serif;max-width:80em;margin:2em auto;padding:0 1em}"
     "article{display:flex;gap:1.5em;border-top:1px solid #bbb;padding:1em 0;align-items:flex-start}"
-    "img{image-rendering:pixelated;max-width:336px}h2{font-size:1em;margin:0}p{margin:.3em 0;white-space:pre-wrap}"
+    "img{image-rendering:pixelated;max-width:336px}.many{display:grid;grid-template-columns:repeat(4,1fr);gap:4px;"
+    "flex:0 0 46em}.many img{width:100%;image-rendering:auto}h2{font-size:1em;margin:0}"
+    "p{margin:.3em 0;white-space:pre-wrap}"
     "table{border-collapse:collapse}td,th{padding:.1em .8em;text-align:right}td:first-child,th:first-child"
     "{text-align:left}.style{color:#777}"
 )
@@ -220,6 +222,8 @@ def exchanges(branch: Branch, *, seconds: bool) -> Iterator[tuple[str, str]]:
 
 def chosen(shards: Shards, splits: list[tuple[str, str]], count: int, seed: int) -> Iterator[tuple[str, str, Example]]:
     """`count` samples, from one split after the other, each at most once."""
+    # The splits that are trained on first, so that few samples are of as many data sets as possible.
+    splits = sorted(splits, key=lambda one: (one[1] != "train", one))
     orders = {split: Permutation(shards.count(*split), seed, *split, "inspect") for split in splits}
     left = count
     for turn in range(max(order.size for order in orders.values())):
@@ -270,18 +274,20 @@ def write_page(shards: Shards, rows: list[Summary], samples: Iterator[tuple[str,
     folder.mkdir(parents=True, exist_ok=True)
     articles = []
     for number, (dataset, split, sample) in enumerate(samples):
-        shown = ""
+        shown, count = "", 0
         for index, shot in enumerate(pictures(shards, sample)):
             stream = io.BytesIO()
             shot.save(stream, "PNG")
             (folder / f"{number:03d}_{dataset}_{split}_{index}.png").write_bytes(stream.getvalue())
+            count += 1
             shown += f'<img src="data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}" alt="">'
         title = html.escape(f"{dataset} / {split} / {sample.key}")
         said = "".join(
             _paragraphs(branch, draw.COLORS[i % len(draw.COLORS)], sample.video is not None)
             for i, branch in enumerate(sample.branches)
         )
-        articles.append(f"<article><div>{shown}</div><div><h2>{title}</h2>{said}</div></article>")
+        side = f"<div{' class=many' if count > 1 else ''}>{shown}</div>"
+        articles.append(f"<article>{side}<div><h2>{title}</h2>{said}</div></article>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in Summary._fields)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     page = folder / "index.html"

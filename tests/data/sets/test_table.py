@@ -340,6 +340,9 @@ def test_shares_of_the_released_fine_tuning() -> None:
     found = mixture.load("molmo2_sft")
     rates = dict(zip([member.name for member in found.members], found.rates(lambda _: 10_000), strict=True))
     by_group = {group.name: sum(rates[member.name] for member in group.members) for group in found.groups}
+    # Lists A to D of the reference have 32, 34, 35 and 4 members; all stand in the table.
+    assert [len(group.members) for group in found.groups] == [6, 32, 34, 35, 4, 5, 1, 1]
+    assert all(member.name in TABLE for member in found.members)
     # The released rates sum to 1.1 and are scaled.
     shares = [share / 1.1 for share in (0.15, 0.25, 0.20, 0.15, 0.15, 0.10, 0.0995, 0.0005)]
     assert list(by_group.values()) == pytest.approx(shares)
