@@ -27,7 +27,7 @@ def read_clip(record: dict[str, Any], media: tuple[Media, ...]) -> Clip | None:
         raise ValueError(f"{', '.join(named)} need a video_path.")
     start, end, rate = record.get("start", 0.0), record.get("end"), record.get("rate", 0)
     for name, value in (("start", start), ("end", end)):
-        if value is not None and not _is_number(value):
+        if not _is_number(value) and (name, value) != ("end", None):
             raise ValueError(f"{name} must be a time in seconds, not {value!r}.")
     if type(rate) is not int or not 0 <= rate <= MAX_RATE:
         raise ValueError(f"rate must be a whole number, how many times a second the tracks were made, not {rate!r}.")

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from megatron_vlm.data.columns import check, mapped
 from megatron_vlm.data.example import NAME, Media, from_json
 from megatron_vlm.data.tar import split_name
-from megatron_vlm.data.writer import ShardWriter, file_sha256
+from megatron_vlm.data.writer import MEDIA_SCHEMA, SAMPLE_SCHEMA, TIMELINE, ShardWriter, file_sha256
 
 #: File in the new directory that lists what was left out.
 QUARANTINE = "quarantine.jsonl"
@@ -106,14 +107,14 @@ def _indexed(directory: Path) -> Iterator[tuple[str, _Place]]:
     """Files as media.arrow places them; none where it cannot be read."""
     try:
         shards = json.loads((directory / "manifest.json").read_text())["media"]["shards"]
-        table = pa.ipc.open_file(pa.memory_map(str(directory / "media.arrow"))).read_all()
+        table = mapped(directory / "media.arrow", MEDIA_SCHEMA, [TIMELINE])
         rows = zip(*(table.column(name).to_pylist() for name in ("key", "shard", "offset", "size")), strict=True)
         for key, shard, offset, size in rows:
             # By the tar's number, not by the manifest's word for a path.
             path = directory / "media" / Path(shards[shard]).name
             if path.is_file() and not path.is_symlink() and offset >= 0 and 0 <= size <= path.stat().st_size:
                 yield key.hex(), _Place(path, offset, size)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return
 
 
@@ -151,17 +152,20 @@ def _rows(path: Path, faults: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
     """Rows of a file of samples; of one that was cut, those before the cut."""
     name = f"samples/{path.name}"
     try:
-        for batch in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_batches():
+        batches = mapped(path, SAMPLE_SCHEMA).to_batches()
+    except ValueError as error:
+        faults.append({"file": name, "key": "", "reason": f"not whole ({error})"})
+    else:
+        for batch in batches:
             yield from _texts(batch)
         return
-    except (pa.ArrowException, OSError) as error:
-        faults.append({"file": name, "key": "", "reason": f"not whole ({error})"})
     try:
         # After 8 bytes an Arrow file is a stream; only its footer is lost.
-        stream = pa.ipc.open_stream(pa.py_buffer(path.read_bytes()[8:]))
-        for batch in stream:
+        whole = pa.py_buffer(path.read_bytes()[8:])
+        for batch in pa.ipc.open_stream(whole):
+            check(batch, whole)
             yield from _texts(batch)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         faults.append({"file": name, "key": "", "reason": f"nothing more can be read ({error})"})
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_vlm.data.columns import mapped
 from megatron_vlm.data.example import NAME, Example, from_json
 from megatron_vlm.data.timeline import Timeline
 from megatron_vlm.data.writer import FORMAT, MEDIA_SCHEMA, SAMPLE_SCHEMA, TIMELINE
@@ -170,7 +171,7 @@ class Shards:
                 raise ValueError(f"{self.directory}/manifest.json needs {name!r} but does not list it among its files.")
 
     def _open_media(self) -> None:
-        table = _mapped(self.directory / "media.arrow", MEDIA_SCHEMA)
+        table = mapped(self.directory / "media.arrow", MEDIA_SCHEMA, [TIMELINE])
         count = self.manifest["media"]["count"]
         if table.num_rows != count:
             raise ValueError(f"{self.directory}/media.arrow lists {table.num_rows} files, the manifest {count}.")
@@ -240,7 +241,7 @@ class _Samples:
 
     def __init__(self, path: Path, count: int) -> None:
         self._path = path
-        table = _mapped(path, SAMPLE_SCHEMA)
+        table = mapped(path, SAMPLE_SCHEMA)
         if table.num_rows != count:
             raise ValueError(f"{path} holds {table.num_rows} samples, the manifest says {count}. Build anew.")
         self._keys = table.column("key")
@@ -266,17 +267,3 @@ class _Samples:
             return self._keys[index].as_py()
         except UnicodeDecodeError:
             return f"sample_{index}"
-
-
-def _mapped(path: Path, schema: pa.Schema) -> pa.Table:
-    """The table of a file that has the columns of `schema`, each value there."""
-    try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole Arrow file ({error}). Build the shards anew.") from error
-    for field in schema:
-        found = table.schema.field(field.name).type if table.schema.names.count(field.name) == 1 else "not there once"
-        if found != field.type or table.column(field.name).null_count:
-            needed = f"{field.type} in every row"
-            raise ValueError(f"{path}: column {field.name!r} is {found}; needed {needed}. Build the shards anew.")
-    return table

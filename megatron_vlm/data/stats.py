@@ -6,9 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
+from megatron_vlm.data.columns import mapped
 from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.writer import SAMPLE_SCHEMA
 
 #: Samples of a split whose records are read for their styles, evenly spread.
 READ_SAMPLES = 2000
@@ -41,9 +42,8 @@ def stats(shards: Shards) -> list[Stats]:
 
 def _split_stats(shards: Shards, dataset: str, split: str) -> Stats:
     path = shards.directory / f"samples/{dataset}.{split}.arrow"
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_file(source).read_all()
-        counts = {name: table.column(name).to_numpy() for name in ("branches", "media", "characters")}
+    table = mapped(path, SAMPLE_SCHEMA)
+    counts = {name: table.column(name).to_numpy() for name in ("branches", "media", "characters")}
     samples = shards.count(dataset, split)
     chosen = np.unique(np.linspace(0, samples - 1, min(samples, READ_SAMPLES)).astype(int))
     examples = [shards.example(dataset, split, int(index)) for index in chosen]

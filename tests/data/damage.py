@@ -48,11 +48,12 @@ def spoil_record(folder: Path, dataset: str, split: str, key: str) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def rewrite(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+def rewrite(folder: Path, name: str, change: Callable[[pa.Table], pa.Table], *, compression: str | None = None) -> None:
     """Change an Arrow file, and the manifest's word for its size and checksum with it: a wrong build, not a damage."""
     path = folder / name
     table = change(pa.ipc.open_file(path.read_bytes()).read_all())
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, options=options) as writer:
         writer.write_table(table)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

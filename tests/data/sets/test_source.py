@@ -186,7 +186,7 @@ WRONG = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(name=st.sampled_from(sorted(TABLE)), data=st.data())
 def test_a_wrong_value_anywhere_is_a_named_fault_or_harmless(name: str, data: st.DataObject) -> None:
     """Whatever stands in the place of a value of a published row: never another error, never text made of no text."""
