@@ -229,6 +229,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_task_that_there_is_not_is_named_before_anything_is_loaded(tmp_path, capsys):
     assert "there is no task 'vqq'; did you mean vqa" in fails(capsys, str(tmp_path), "--tasks", "vqq")
     assert "no checkpoint" in fails(capsys, str(tmp_path))
+    assert "Start a multiple of 6 processes" in fails(capsys, str(tmp_path), "--tensor", "2", "--pipeline", "3")
 
 
 @pytest.mark.slow
