@@ -174,12 +174,13 @@ class _BlockAttention(torch.autograd.Function):
         logsumexps = []
         with cpu.direct():
             for row, plan in enumerate(plans):
-                q, k, v, places = (_heads_first(x, row) for x in (query, key, value, out))
-                for block in plan.blocks:
+                k, v = (_heads_first(x, row) for x in (key, value))
+                queries, places = (plan.of_queries(_heads_first(x, row)) for x in (query, out))
+                for block, q, place in zip(plan.blocks, queries, places, strict=True):
                     part, logsumexp = block_kernels.forward(
-                        block.of_queries(q), block.of_keys(k), block.of_keys(v), block.causal, plan.mask(block), scale
+                        q, block.of_keys(k), block.of_keys(v), block.causal, plan.mask(block), scale
                     )
-                    block.of_queries(places).copy_(part)
+                    place.copy_(part)
                     logsumexps.append(logsumexp)
         ctx.save_for_backward(query, key, value, out, *logsumexps)
         ctx.plans, ctx.scale = plans, scale
@@ -197,21 +198,21 @@ class _BlockAttention(torch.autograd.Function):
         sums_of_blocks = iter(logsumexps)
         with cpu.direct():
             for row, plan in enumerate(ctx.plans):
-                q, k, v, o, upward = (_heads_first(x, row) for x in (query, key, value, out, gradient))
-                into_q, into_k, into_v = (_heads_first(x, row) for x in (grad_query, grad_key, grad_value))
-                for block in plan.blocks:
+                k, v, into_k, into_v = (_heads_first(x, row) for x in (key, value, grad_key, grad_value))
+                of_queries = (plan.of_queries(_heads_first(x, row)) for x in (gradient, query, out, grad_query))
+                for block, upward, q, o, into_q in zip(plan.blocks, *of_queries, strict=True):
                     dq, dk, dv = block_kernels.backward(
-                        block.of_queries(upward),
-                        block.of_queries(q),
+                        upward,
+                        q,
                         block.of_keys(k),
                         block.of_keys(v),
-                        block.of_queries(o),
+                        o,
                         next(sums_of_blocks),
                         block.causal,
                         plan.mask(block),
                         ctx.scale,
                     )
-                    block.of_queries(into_q).copy_(dq)
+                    into_q.copy_(dq)
                     block.add_to_keys(into_k, dk)
                     block.add_to_keys(into_v, dv)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None

@@ -51,16 +51,17 @@ class _TokenLosses(torch.autograd.Function):
             grad_logits = None
             logits = hidden[part] @ weight.t()
             local, ours = _local_targets(targets[part], weight, group)
-            first, wanted = logits[:, 0].float(), logits.gather(1, local[:, None])[:, 0].float().masked_fill(~ours, 0)
-            shares = logits.log_softmax(-1, dtype=torch.float32)
+            largest = logits.amax(-1).float()
+            wanted = logits.gather(1, local[:, None])[:, 0].float().masked_fill(~ours, 0)
+            shares = logits.softmax(-1, dtype=torch.float32)
             del logits
-            # Of this rank's rows of the head; then of all.
-            local_sums = first - shares[:, 0]
+            # Of this rank's rows of the head; then of all. The largest share is never too small for a logarithm.
+            local_sums = largest - shares.amax(-1).log()
             logsumexp[part], target_logits[part] = _over_ranks(local_sums, wanted, group)
             if not (want_hidden or want_weight):
                 continue
             if group.size() > 1:
-                shares += (local_sums - logsumexp[part])[:, None]
+                shares *= (local_sums - logsumexp[part]).exp()[:, None]
             grad_logits = _unit_gradient(shares, logsumexp[part], local, ours, z_loss).to(weight.dtype)
             del shares
             if unit is not None:
@@ -81,7 +82,7 @@ class _TokenLosses(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             grad_logits = kept
             if start + ctx.chunk < len(hidden):
-                shares = (hidden[part] @ weight.t()).float().sub_(logsumexp[part, None])
+                shares = (hidden[part] @ weight.t()).float().sub_(logsumexp[part, None]).exp_()
                 local, ours = _local_targets(targets[part], weight, ctx.group)
                 grad_logits = _unit_gradient(shares, logsumexp[part], local, ours, ctx.z_loss).to(weight.dtype)
             grad_weight.addmm_(grad_logits.t(), scaled[part])
@@ -91,8 +92,7 @@ class _TokenLosses(torch.autograd.Function):
 def _unit_gradient(
     shares: torch.Tensor, logsumexp: torch.Tensor, local: torch.Tensor, ours: torch.Tensor, z_loss: float
 ) -> torch.Tensor:
-    """Gradient of each token's loss by its logits. shares: (n, v) their log-softmax, which is overwritten."""
-    shares.exp_()
+    """Gradient of each token's loss by its logits. shares: (n, v) their softmax, which is overwritten."""
     if z_loss:
         shares.mul_((1 + 2 * z_loss * logsumexp)[:, None])
     return shares.scatter_add_(1, local[:, None], -ours.to(shares.dtype)[:, None])

@@ -111,9 +111,11 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weight, scale = ctx.saved_tensors
         normed = x.float() * scale
+        product = gradient * normed
+        dot = (product @ weight.float()).div_(x.shape[-1])[..., None]
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (gradient * normed.to(x.dtype)).flatten(0, -2).sum(0)
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        del product
         along = (gradient * weight).float()
-        dot = (along * normed).mean(-1, keepdim=True)
         return torch.addcmul(along, normed, dot, value=-1).mul_(scale).to(x.dtype), grad_weight, None

@@ -19,7 +19,7 @@ from megatron_vlm.model.mask import Mark, Places, places, visible
 QUERIES = 256
 #: Tokens of branches, at least, that make a block of their own where others follow: so the branches before them, of
 #: which they see nothing, are left out. Below it another call costs more than what is left out.
-BRANCHES = 64
+BRANCHES = 48
 #: Numbers of masks that a plan keeps per token of its row; masks beyond are made anew at each use.
 KEPT_PER_TOKEN = 512
 #: Rows whose plans are kept: the layers of a few micro-batches in flight.
@@ -42,8 +42,9 @@ class Block:
     """All queries see the same keys: one row of a mask serves them."""
     seen: int = 0
     """Every query sees the keys [keys, seen)."""
-    prefix: tuple[int, int] = (0, 0)
-    """Keys [first, last) that come before those, which every query sees; what stands between them nobody sees."""
+    prefix: int = 0
+    """First of `before` keys that come before those, which every query sees; what stands between them nobody sees."""
+    before: int = 0
     kept: torch.Tensor | None = None
     """The mask, if it is kept."""
 
@@ -54,19 +55,14 @@ class Block:
     def of_keys(self, tensor: torch.Tensor) -> torch.Tensor:
         """The block's keys of (1, heads, tokens of the row, d): a view, or a copy where there is a prefix."""
         own = tensor.narrow(2, self.keys, self.keys_end - self.keys)
-        return torch.cat((tensor.narrow(2, self.prefix[0], self.before), own), 2) if self.before else own
+        return torch.cat((tensor.narrow(2, self.prefix, self.before), own), 2) if self.before else own
 
     def add_to_keys(self, tensor: torch.Tensor, part: torch.Tensor) -> None:
         """The inverse of `of_keys`: add `part` to these places of `tensor`."""
         if self.before:
-            tensor.narrow(2, self.prefix[0], self.before).add_(part.narrow(2, 0, self.before))
+            tensor.narrow(2, self.prefix, self.before).add_(part.narrow(2, 0, self.before))
             part = part.narrow(2, self.before, part.shape[2] - self.before)
         tensor.narrow(2, self.keys, self.keys_end - self.keys).add_(part)
-
-    @property
-    def before(self) -> int:
-        """Keys in `prefix`."""
-        return self.prefix[1] - self.prefix[0]
 
 
 class Plan:
@@ -84,6 +80,14 @@ class Plan:
         self.blocks: list[Block] = []
         for start, end in _runs(row[Mark.EXAMPLE]):
             self._cut(start, end)
+        ends = [0, *(block.end for block in self.blocks)]
+        # For each block the queries before it, which are padding, then its own.
+        self._sizes = [
+            size
+            for block, end in zip(self.blocks, ends, strict=False)
+            for size in (block.start - end, block.end - block.start)
+        ]
+        self._sizes.append(self.queries[1] - first - ends[-1])
 
     def mask(self, block: Block) -> torch.Tensor | None:
         """Numbers to add to the scores, float32 (queries, keys), those of the prefix first, one row where all queries
@@ -91,6 +95,10 @@ class Plan:
         if not block.masked:
             return None
         return self._additive(block) if block.kept is None else block.kept
+
+    def of_queries(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each block's queries of (1, heads, queries of the plan, d), as Block.of_queries gives them, in one call."""
+        return tensor.split_with_sizes(self._sizes, 2)[1::2]
 
     def _cut(self, start: int, end: int) -> None:
         """Add the blocks of the example at [start, end): of its queries among the plan's."""
@@ -112,12 +120,12 @@ class Plan:
         at = first
         while at < last:
             stop = min(at + QUERIES, last)
-            keys, prefix = start, (0, 0)
+            keys, before = start, 0
             if begins:
                 stop = min([stop, *(begin for begin in begins if begin - at >= BRANCHES)])
                 own = max(begin for begin in begins if begin <= at)
                 if own > prefix_end:
-                    keys, prefix = own, (start, prefix_end)
+                    keys, before = own, prefix_end - start
             inside = slice(at - start, stop - start)
             looks_ahead = bool(vision[inside].any())
             keys_end = max(stop, last_image) if looks_ahead else stop
@@ -125,7 +133,7 @@ class Plan:
             # The tokens of an image block see each other, what stands before the block, and the same tokens behind.
             alike = stop - at == 1 or (in_prefix and bool(vision[inside].all()))
             seen = max(keys, min(at, prefix_end))
-            self._add(Block(at - offset, stop - offset, keys, keys_end, alike=alike, seen=seen, prefix=prefix))
+            self._add(Block(at - offset, stop - offset, keys, keys_end, False, False, alike, seen, start, before))
             at = stop
 
     def _add(self, block: Block) -> None:

@@ -54,7 +54,7 @@ def parts(plans: Sequence[Plan], start: int, end: int) -> Iterator[Part]:
     for row, plan in enumerate(plans):
         for block in plan.blocks:
             queries = slice(block.start, block.end)
-            keys, keys_end = max(block.prefix[0], start), min(block.prefix[1], end)
+            keys, keys_end = max(block.prefix, start), min(block.prefix + block.before, end)
             if keys < keys_end:
                 yield Part(row, queries, slice(keys - start, keys_end - start), False, None)
             keys, keys_end = max(block.keys, start), min(block.keys_end, end)

@@ -43,7 +43,7 @@ def from_plan(row: torch.Tensor, first: int = 0, last: int | None = None) -> tor
     plan = plans.Plan(row, first, last)
     sees = torch.zeros(plan.queries[1] - first, row.shape[1], dtype=torch.bool)
     for block in plan.blocks:
-        keys = [*range(*block.prefix), *range(block.keys, block.keys_end)]
+        keys = [*range(block.prefix, block.prefix + block.before), *range(block.keys, block.keys_end)]
         shape = (block.end - block.start, len(keys))
         mask = plan.mask(block)
         part = torch.ones(shape, dtype=torch.bool) if mask is None else mask == 0
@@ -114,12 +114,12 @@ def test_plan_of_full_size_blocks_is_the_rule():
 
 
 def test_branches_are_asked_about_the_prefix_and_their_neighbours_only():
-    """A prefix of 19 tokens and nine branches of 25: blocks of two, three, three and one branch."""
+    """A prefix of 19 tokens and nine branches of 25: blocks of two branches and one."""
     tokens = [(0, PREFIX_BRANCH, 0 < i < 17) for i in range(19)]
     row = row_of(tokens + [(0, branch, False) for branch in range(9) for _ in range(25)])
     assert torch.equal(from_plan(row), from_rule(row))
     asked = [(block.end - block.start, block.before + block.keys_end - block.keys) for block in plans.Plan(row).blocks]
-    assert asked == [(69, 69), (75, 19 + 75), (75, 19 + 75), (25, 19 + 25)]
+    assert asked == [(69, 69), *[(50, 19 + 50)] * 3, (25, 19 + 25)]
 
 
 def test_a_branch_in_two_places_is_the_rule():
