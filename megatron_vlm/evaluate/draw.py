@@ -74,7 +74,7 @@ def _draw(pen: ImageDraw.ImageDraw, mark: Mark, x: float, y: float, size: int) -
         if mark.shape == "ring":
             pen.ellipse((x - size, y - size, x + size, y + size), outline=color, width=width)
         elif mark.shape == "dot":
-            half = size // 2 + width - 5  # a trail: smaller than what it leads to
+            half = size // 2 - (color != "black")  # a trail: smaller than what it leads to
             pen.ellipse((x - half, y - half, x + half, y + half), fill=color)
         else:
             pen.line((x - size, y - size, x + size, y + size), fill=color, width=width)
