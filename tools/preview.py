@@ -60,7 +60,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe")
-    parser.add_argument("--window", type=int, default=0, help="window of samples (default 0)")
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=0,
+        help="window of samples (default 0); those before it may have to be planned too",
+    )
     parser.add_argument(
         "--row", type=int, default=0, help="row in it, counted from 0; beyond its end the next window's"
     )
