@@ -9,8 +9,8 @@ and samples read at random.
 Several: what tools/build_shards.py does with a downloaded data set (data.sets.build) whose Parquet file holds the
 images, 28 x 28 pixels: rows read and dealt out, images decoded and checked, the parts merged.
 Each size runs in a process of its own; memory is what the process holds at most beyond what it held after 20,000 other
-samples were written. Several processes: what the first one holds, and as many times as there are others what the
-largest of them holds, as if all were at their most at one time.
+samples were written. Several processes: what the first one holds and what the others hold together, each at its most,
+as if that were at one time.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -49,6 +52,8 @@ READS = 20_000
 FILES, WARM_UP = 16_384, 20_000
 #: A data set of captions, and rows in a row group of its file.
 DATASET, GROUP = "pixmo_cap", 16_384
+#: Seconds between two looks at the memory of other processes.
+LOOK_S = 0.05
 
 
 def resident() -> int:
@@ -94,25 +99,51 @@ def download(folder: Path, samples: int) -> None:
 def build_from(folder: Path, samples: int, workers: int) -> dict[str, Any]:
     """Build shards of so many rows with so many processes beside the first one."""
 
-    def held() -> int:
-        largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-        return resident() + workers * largest
-
     def spent() -> float:
         return sum(os.times()[:4])
 
+    most: list[int] = []
     for name, count in (("warm up", WARM_UP), ("shards", samples)):
         download(folder / f"{name} rows", count)
-        before, began, clock = held(), spent(), time.perf_counter()
-        made = build([DATASET], folder / f"{name} rows", folder / name, workers=workers)
+        before, began, clock = resident(), spent(), time.perf_counter()
+        with Others() as others:
+            made = build([DATASET], folder / f"{name} rows", folder / name, workers=workers)
         assert made.samples[DATASET] == count and not made.left_out
+        most.append(others.most)
+    first, rest = resident() - before, max(0, most[1] - most[0])
     return {
         "samples": samples,
         "processes": 1 + workers,
         "microseconds a sample": round((spent() - began) / samples * 1e6, 1),
-        "bytes of memory a sample": round((held() - before) / samples),
+        "bytes of memory a sample": round((first + rest) / samples),
+        "of them the others'": round(rest / samples),
         "seconds": round(time.perf_counter() - clock, 1),
     }
+
+
+class Others:
+    """What the processes that this one started hold together at most, while a block runs."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Others:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            held = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    held += process.memory_info().rss
+            self.most = max(self.most, held)
 
 
 def fill(folder: Path, samples: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import yaml
 
 from megatron_vlm.data.example import Example, to_json
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tar import Member, add_member, end_tar, index_tar, write_offsets
+from megatron_vlm.data.tar import Member, add_member, end_tar, index_tar, sample_headers, write_offsets
 
 #: Longest name of a member: the first field of a tar header, which is all that wids reads.
 NAME_BYTES = 100
@@ -80,7 +80,7 @@ def _tars(
                 count += 1
                 index = next(samples, None)
             end = end_tar(tar)
-        write_offsets(folder / f"{name}.idx", members, end)
+        write_offsets(folder / f"{name}.idx", sample_headers(members), end)
         yield name, count
         number += 1
 

@@ -7,8 +7,9 @@ links and devices, absolute or `..` names, a name twice, sizes beyond the end of
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -123,13 +124,14 @@ def _checked(info: tarfile.TarInfo, file_size: int) -> Member:
     return Member(key, extension, info.offset, info.offset_data, info.size)
 
 
-def write_offsets(path: Path, members: list[Member], end: int) -> None:
+def write_offsets(path: Path, headers: Iterable[int], end: int) -> None:
     """The `.tar.idx` beside a tar: little-endian uint64 header offset of each sample (members with one key), then the
     offset of the end. The form that Megatron-Energon reads too."""
-    np.asarray([*_sample_headers(members), end], dtype="<u8").tofile(path)
+    np.fromiter(itertools.chain(headers, [end]), dtype="<u8").tofile(path)
 
 
-def _sample_headers(members: list[Member]) -> Iterator[int]:
+def sample_headers(members: Iterable[Member]) -> Iterator[int]:
+    """Header offset of the first member of each sample."""
     last = None
     for member in members:
         if member.key != last:

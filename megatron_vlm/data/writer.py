@@ -30,7 +30,7 @@ from megatron_vlm.data import video
 from megatron_vlm.data.digests import Digests
 from megatron_vlm.data.example import NAME, Example, Media, to_json
 from megatron_vlm.data.image import EXTENSIONS, probe
-from megatron_vlm.data.tar import Member, add_member, end_tar, write_offsets
+from megatron_vlm.data.tar import add_member, end_tar, write_offsets
 
 #: Version of the directory's form; a reader refuses another one.
 FORMAT = 1
@@ -81,7 +81,8 @@ class ShardWriter:
         self._media = _Stored()
         self._samples: dict[tuple[str, str], _SampleFile] = {}
         self._tar: BinaryIO | None = None
-        self._members: list[Member] = []
+        self._headers = array("Q")
+        """Of the open tar's members, each of which is a sample of its own."""
         self._shards: list[str] = []
         self._files: list[str] = []
 
@@ -156,7 +157,7 @@ class ShardWriter:
     def _store(self, media: Media, extension: str, data: bytes, timeline: bytes | None = None) -> Media:
         tar = self._tar or self._open_tar()
         member = add_member(tar, f"{media.key}.{extension}", data)
-        self._members.append(member)
+        self._headers.append(member.header)
         self._media.add(media, len(self._shards) - 1, member.offset, member.size, timeline)
         if tar.tell() >= self._shard_bytes:
             self._close_tar()
@@ -192,7 +193,7 @@ class ShardWriter:
         name = f"media/{len(self._shards):06d}.tar"
         self._tar = (self._partial / name).open("wb")
         self._shards.append(name)
-        self._members = []
+        self._headers = array("Q")
         return self._tar
 
     def _close_tar(self) -> None:
@@ -201,7 +202,7 @@ class ShardWriter:
         end = end_tar(self._tar)
         self._tar.close()
         self._tar = None
-        write_offsets(self._partial / f"{self._shards[-1]}.idx", self._members, end)
+        write_offsets(self._partial / f"{self._shards[-1]}.idx", self._headers, end)
 
     def _finish(self) -> None:
         self._close_tar()

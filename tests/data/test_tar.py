@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vlm.data import bundle, repair
 from megatron_vlm.data.example import Media
-from megatron_vlm.data.tar import add_member, end_tar, index_tar, split_name, tar_bytes, write_offsets
+from megatron_vlm.data.tar import add_member, end_tar, index_tar, sample_headers, split_name, tar_bytes, write_offsets
 
 
 def stranger(path, *members: tarfile.TarInfo, data: bytes = b"x" * 700):
@@ -43,7 +43,7 @@ def test_offsets_are_those_of_samples(tmp_path):
         for name in ("a.0.jpg", "a.1.jpg", "a.json", "b.jpg"):
             members.append(add_member(stream, name, b"z" * 600))
         end = end_tar(stream)
-    write_offsets(tmp_path / "x.tar.idx", members, end)
+    write_offsets(tmp_path / "x.tar.idx", sample_headers(members), end)
     assert np.fromfile(tmp_path / "x.tar.idx", dtype="<u8").tolist() == [0, members[3].header, end]
     assert (tmp_path / "x.tar.idx").stat().st_size == 24
     assert index_tar(path) == members
