@@ -181,20 +181,16 @@ def check(options: argparse.Namespace) -> None:
     print("sound")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text) of every line that is not empty, with a progress bar over the file's bytes."""
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) of every line that is not empty, with a progress bar over the file's bytes."""
     with (
         file.open("rb") as stream,
         tqdm(total=file.stat().st_size, unit="B", unit_scale=True, desc=file.name, disable=None) as bar,
     ):
         for number, line in enumerate(stream, 1):
             bar.update(len(line))
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file}:{number}: not UTF-8 ({error}).") from error
-            if text.strip():
-                yield number, text
+            if line.strip():
+                yield number, line
 
 
 def _held_out(key: str, share: float) -> bool:

@@ -190,6 +190,9 @@ def _fetch_media(name: str, entry: Entry, options: argparse.Namespace, report: R
         except (Refused, Later) as error:
             with lock:
                 report.miss(_reason(error), _without_secrets(f"{url}: {error}", options.proxy))
+        except OSError as error:  # a full disk, a folder that cannot be written
+            with lock:
+                report.miss(error.strerror or type(error).__name__, f"{url}: {error}")
 
     with (
         ThreadPoolExecutor(options.connections) as pool,

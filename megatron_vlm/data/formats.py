@@ -58,7 +58,7 @@ _ASSISTANT = ("assistant", "gpt")
 
 
 def read_line(
-    line: str,
+    line: str | bytes,
     *,
     key: str,
     folder: Path,
@@ -86,7 +86,9 @@ def read_line(
 def parsed(text: str | bytes) -> dict[str, Any]:
     """The JSON object of a line. Raises ValueError for anything else, and for one that has a name twice."""
     try:
-        record = json.loads(text, object_pairs_hook=_once)
+        record = json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"this is not UTF-8 ({error}).") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"this is not JSON ({error}).") from error
     except RecursionError:

@@ -147,12 +147,15 @@ def test_bad_line_is_named_and_nothing_is_written(
 
 
 def test_a_few_bad_lines_can_be_left_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(folder, {"prompt": "a", "answer": "b"}, "{", "", "{", {"prompt": "c", "answer": "d"})
+    write(folder, {"prompt": "a", "answer": "b"}, "{", "", '{"text": "', {"prompt": "c", "answer": "d"})
+    lines = (folder / "mine.jsonl").read_bytes()
+    (folder / "mine.jsonl").write_bytes(lines.replace(b'{"text": "', b'{"text": "\xff"}'))
     with pytest.raises(SystemExit, match="more than --max-bad 1"):
         build(folder, "--max-bad", "1")
     shards = build(folder, "--max-bad", "2")
     assert shards.keys("mine", "train") == ["00000001", "00000005"]
-    assert capsys.readouterr().err.count("left out: ") == 2
+    told = capsys.readouterr().err
+    assert told.count("left out: ") == 2 and "mine.jsonl:4: this is not UTF-8" in told
 
 
 def test_damaged_shards_fail_verification(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

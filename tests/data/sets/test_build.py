@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -202,13 +203,33 @@ def test_too_much_left_out_writes_nothing_until_the_files_are_there(downloads: P
     assert build(["pixmo_points_train"], downloads, tmp_path / "out").samples["pixmo_points_train"] == 14
 
 
-@pytest.mark.parametrize("name", ["../../../secret.png", "/etc/passwd", "a/../../../secret.png"])
-def test_names_that_leave_the_folder_are_refused(downloads: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("../../../secret.png", "it leaves the folder"),
+        ("/etc/passwd", "it leaves the folder"),
+        ("a/../../../secret.png", "it leaves the folder"),
+        ("a" * 2000, "longer than a name can be"),
+        ("a" * 250, "longer than a name can be"),
+    ],
+)
+def test_names_that_leave_the_folder_are_refused(downloads: Path, tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / "secret.png").write_bytes(picture(9))
     write(downloads, "doc_qa", [{**row, "image": name} for row in rows("doc_qa")] + rows("doc_qa"))
     result = build(["doc_qa"], downloads, tmp_path / "out", max_left_out=0.9)
     assert result.left_out["doc_qa"] == {"unsound": 1}
-    assert "it leaves the folder" in (tmp_path / "out" / units.LEFT_OUT).read_text()
+    assert words in (tmp_path / "out" / units.LEFT_OUT).read_text()
+
+
+def die(number: int) -> None:
+    """As a decoder does, or the kernel when memory ends."""
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_told() -> None:
+    with pytest.raises(ValueError, match="a process ended while it made samples: killed for its memory"):
+        built._run([(1,), (2,)], die, 2, "samples")
 
 
 def test_a_published_checksum_is_checked(downloads: Path, tmp_path: Path) -> None:
