@@ -121,7 +121,9 @@ def test_lines_become_tokens_with_their_times_and_subtitles(folder: Path) -> Non
         ({"image_path": "red.png", "caption": "x", "start": 1.0}, "start need a video_path"),
         ({"video_path": "v.mp4", "caption": "x", "start": 4.0}, "lies outside the video"),
         ({"video_path": "v.mp4", "caption": "x", "start": "1"}, "start must be a time in seconds"),
+        ({"video_path": "v.mp4", "caption": "x", "start": None}, "start must be a time in seconds"),
         ({"video_path": "v.mp4", "caption": "x", "rate": 0.5}, "rate must be a whole number"),
+        ({"video_path": "v.mp4", "caption": "x", "rate": 10**400}, "rate must be a whole number"),
         ({"video_path": "v.mp4", "caption": "x", "subtitles": [["a", 1, "b"]]}, "subtitles must be a list"),
     ],
 )

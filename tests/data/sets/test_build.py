@@ -181,7 +181,12 @@ def crowd(downloads: Path) -> None:
     ],
 )
 def test_what_cannot_be_used_is_counted_and_named(
-    downloads: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str, words: str
+    downloads: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+    reason: str,
+    words: str,
 ) -> None:
     damage(downloads)
     out = tmp_path / "out"
@@ -191,6 +196,9 @@ def test_what_cannot_be_used_is_counted_and_named(
     assert len(listed) == result.left_out["pixmo_points_train"].total()
     assert all(words in one["error"] and one["where"] for one in listed)
     assert verify(out) == []
+    small_buckets(monkeypatch)  # what is left out goes through files then
+    dealt = build(["pixmo_points_train"], downloads, tmp_path / "dealt", max_left_out=1.0)
+    assert dealt.left_out == result.left_out
 
 
 def test_too_much_left_out_writes_nothing_until_the_files_are_there(downloads: Path, tmp_path: Path) -> None:

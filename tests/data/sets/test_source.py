@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,24 @@ def test_files_that_are_none_are_named(tmp_path: Path, name: str, content: bytes
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         read(tmp_path / name)
+
+
+def test_damaged_parquet_is_named(tmp_path: Path) -> None:
+    """Cut, so that it does not open; and with bytes of its pages changed, so that it does not decode."""
+    entry = find("pixmo_cap")
+    path = tmp_path / entry.folder("pixmo_cap") / "train-0.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(
+        pa.Table.from_pylist([{"image_url": f"https://x/{n}", "caption": "x" * n} for n in range(500)]), path
+    )
+    ((piece,),) = source.splits(entry, "pixmo_cap", tmp_path).values()
+    data = path.read_bytes()
+    path.write_bytes(data[:10] + bytes(400) + data[410:])
+    with pytest.raises(ValueError, match="train-0.parquet cannot be read as rows"):
+        list(source.drafts(entry, piece, Context()))
+    path.write_bytes(data[:-50])
+    with pytest.raises(ValueError, match="train-0.parquet is not a whole Parquet file"):
+        source.splits(entry, "pixmo_cap", tmp_path)
 
 
 def test_ids_get_their_addresses(tmp_path: Path) -> None:
