@@ -145,8 +145,8 @@ def _block_by_block(
     """The same blocks through torch's own attention, which picks a kernel for the device."""
     # Tied to all three: a rank with nothing but padding takes part in the collectives of backward.
     out = replicated.anchor(torch.zeros_like(query), query, key, value)
-    for row, plan in enumerate(plans):
-        q, k, v, places = (_heads_first(x, row) for x in (query, key, value, out))
+    for row, (plan, q, k, v) in enumerate(zip(plans, *map(_rows, (query, key, value)), strict=True)):
+        places = out[:, row].transpose(0, 1)[None]  # not of _rows: autograd lets nobody write into one of several views
         for block in plan.blocks:
             mask = plan.mask(block)
             part = nn.functional.scaled_dot_product_attention(
@@ -173,10 +173,9 @@ class _BlockAttention(torch.autograd.Function):
         out = torch.zeros_like(query)
         logsumexps = []
         with cpu.direct():
-            for row, plan in enumerate(plans):
-                k, v = (_heads_first(x, row) for x in (key, value))
-                queries, places = (plan.of_queries(_heads_first(x, row)) for x in (query, out))
-                for block, q, place in zip(plan.blocks, queries, places, strict=True):
+            for plan, q_row, k, v, place_row in zip(plans, *map(_rows, (query, key, value, out)), strict=True):
+                of_queries = map(plan.of_queries, (q_row, place_row))
+                for block, q, place in zip(plan.blocks, *of_queries, strict=True):
                     part, logsumexp = block_kernels.forward(
                         q, block.of_keys(k), block.of_keys(v), block.causal, plan.mask(block), scale
                     )
@@ -197,9 +196,9 @@ class _BlockAttention(torch.autograd.Function):
         )  # fmt: skip
         sums_of_blocks = iter(logsumexps)
         with cpu.direct():
-            for row, plan in enumerate(ctx.plans):
-                k, v, into_k, into_v = (_heads_first(x, row) for x in (key, value, grad_key, grad_value))
-                of_queries = (plan.of_queries(_heads_first(x, row)) for x in (gradient, query, out, grad_query))
+            tensors = (key, value, grad_key, grad_value, gradient, query, out, grad_query)
+            for plan, k, v, into_k, into_v, *of_row in zip(ctx.plans, *map(_rows, tensors), strict=True):
+                of_queries = map(plan.of_queries, of_row)
                 for block, upward, q, o, into_q in zip(plan.blocks, *of_queries, strict=True):
                     dq, dk, dv = block_kernels.backward(
                         upward,
@@ -218,6 +217,6 @@ class _BlockAttention(torch.autograd.Function):
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def _heads_first(tensor: torch.Tensor, row: int) -> torch.Tensor:
-    """(tokens, b, heads, d) -> (1, heads, tokens, d), a view."""
-    return tensor[:, row].transpose(0, 1)[None]
+def _rows(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(tokens, b, heads, d) -> (1, heads, tokens, d) of each row, views."""
+    return tensor.permute(1, 2, 0, 3).split(1)

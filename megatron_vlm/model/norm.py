@@ -112,10 +112,10 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         normed = x.float() * scale
         product = gradient * normed
-        dot = (product @ weight.float()).div_(x.shape[-1])[..., None]
+        dot = (product @ weight.float())[..., None]
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         del product
         along = (gradient * weight).float()
-        return torch.addcmul(along, normed, dot, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+        return torch.addcmul(along, normed, dot, value=-1 / x.shape[-1]).mul_(scale).to(x.dtype), grad_weight, None

@@ -171,15 +171,17 @@ def clip(optimizer: MegatronOptimizer, config: Config) -> dict[str, float]:
     tensor-parallel rank holds whole, the first one counts, and of a tied table the copy on the first stage.
     """
     names = reported(config)
+    group = groups.tensor()
+    first = group.rank() == 0
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     counted: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    for name, group in _named_groups(optimizer):
-        for parameter in group["params"]:
+    for name, parameters in _named_groups(optimizer):
+        for parameter in parameters["params"]:
             if parameter.grad is None:
                 continue
             gradients[name].append(parameter.grad)
-            if not getattr(parameter, "shared", False) and param_is_not_tensor_parallel_duplicate(
-                parameter, groups.tensor()
+            if not getattr(parameter, "shared", False) and (
+                first or param_is_not_tensor_parallel_duplicate(parameter, group)
             ):
                 counted[name].append(parameter.grad)
     squares = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
