@@ -1,4 +1,5 @@
-"""Every recipe loads, keeps the rules, and its model is built at its own layout for every rank of a replica.
+"""Every recipe loads, keeps the rules, its model is built at its own layout for every rank of a replica, and steps at
+its own sequence length.
 
 Weights have sizes but no numbers (train/pretend.py); what a rank holds is compared with what the plan counts.
 """
@@ -6,7 +7,8 @@ Weights have sizes but no numbers (train/pretend.py); what a rank holds is compa
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 from megatron_vlm.config import load, presets, rules
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
+from megatron_vlm.plan import workload
 
 FOLDER = Path(__file__).parents[1] / "examples" / "recipes"
 RECIPES = sorted(FOLDER.glob("*/stage*.yaml"))
@@ -61,6 +64,42 @@ def test_build(path, words):
     for rank in range(layout.world):
         built, planned = held(key(config), layout, rank, path, words)
         assert built == planned, rank
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_step(path):
+    """Rows of its own length forward and back on the last rank of a replica, at its own widths and layout, with two
+    layers of the tower and two of the decoder: the others are like them. The collectives are those of the plan."""
+    config = load.load(path)
+    row = workload.assume(config)
+    assert row.tokens == config.data.sequence_length
+    found, expected = stepped(f"{key(config)} {row} {config.train.micro_batch}", path)
+    assert found == expected and (found or replica(config) == 1)
+
+
+@cache
+def stepped(what: str, path: Path) -> tuple[Counter, Counter]:
+    """Collectives of a step and those that the plan counts. what: as in `held`."""
+    from megatron_vlm.parallel import cpu
+
+    cpu.enable("cpu")
+    from megatron_vlm.train import rehearsal
+
+    config = load.load(path)
+    layout = Layout.of(config, replica(config))
+    config = replace(config, train=replace(config.train, global_batch=config.train.micro_batch * layout.data))
+    whole = presets.PRESETS[config.model.preset]
+    shallow = replace(
+        whole,
+        vision=replace(whole.vision, layers=2),
+        connector=replace(whole.connector, taps=(1, 0)[: len(whole.connector.taps)]),
+        language=replace(whole.language, layers=2),
+    )
+    row, rank = workload.assume(config), layout.world - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(presets.PRESETS, config.model.preset, shallow)
+        return rehearsal.compare(rehearsal.rehearse(config, layout, rank, row), config, layout, rank, row)
 
 
 def key(config: Config) -> str:
