@@ -1,9 +1,10 @@
 """Gradients reduced bucket by bucket while the backward pass runs, in one order on all ranks.
 
 Megatron alone starts a bucket's reduction when its parameters have their gradients. Ranks on which those come in
-another order (one without images has all of its tower's at once) would then reduce different buckets with each other,
-and a parameter without a gradient would stop the run. Here a bucket's turn comes after those before it, and what has
-not had its turn when the backward pass ends has it then.
+another order (one without images has all of its tower's at once) then reduce different buckets with each other: two
+ranks, images on one, buckets of 3,000 numbers, and gloo stops at sizes that differ. A parameter without gradient would
+stop the run, too. Here a bucket's turn comes after those before it, and what has not had its turn when the backward
+pass ends has it then.
 """
 
 from __future__ import annotations
