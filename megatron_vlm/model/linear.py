@@ -1,6 +1,6 @@
-"""Megatron's linear layers, which a rank alone in its tensor-parallel group computes by torch's own operator.
+"""Megatron's linear layers, which a rank alone in its tensor-parallel group computes as one matrix product.
 
-That adds the bias inside the matrix product and runs no Python in backward. With neighbours, or with Megatron's fused
+That adds the bias inside the product. With neighbours, or with Megatron's fused
 accumulation of weight gradients (a CUDA extension), they are Megatron's to the letter.
 """
 
@@ -15,6 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
 
+from megatron_vlm.model import products
 from megatron_vlm.model.kernels import PartConfig
 
 
@@ -58,7 +59,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(..., in) -> (..., out of this rank), and the bias where the caller has to add it still."""
         if _alone(self):
-            return nn.functional.linear(input_, self.weight if weight is None else weight, self.bias), None
+            return products.linear(input_, self.weight if weight is None else weight, self.bias), None
         return super().forward(input_, weight, runtime_gather_output)
 
 
@@ -68,7 +69,7 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(..., in of this rank) -> (..., out), and the bias where the caller has to add it still."""
         if _alone(self):
-            return nn.functional.linear(input_, self.weight, self.bias), None
+            return products.linear(input_, self.weight, self.bias), None
         return super().forward(input_)
 
 

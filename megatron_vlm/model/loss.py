@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.model.products import product
+
 
 def token_losses(
     hidden: torch.Tensor,
@@ -49,7 +51,7 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             grad_logits = None
-            logits = hidden[part] @ weight.t()
+            logits = product(hidden[part], weight)
             local, ours = _local_targets(targets[part], weight, group)
             largest = logits.amax(-1).float()
             wanted = logits.gather(1, local[:, None])[:, 0].float().masked_fill(~ours, 0)
@@ -65,7 +67,7 @@ class _TokenLosses(torch.autograd.Function):
             grad_logits = _unit_gradient(shares, logsumexp[part], local, ours, z_loss).to(weight.dtype)
             del shares
             if unit is not None:
-                torch.mm(grad_logits, weight, out=unit[part])
+                unit[part] = product(grad_logits, weight.t())
         ctx.save_for_backward(hidden, weight, targets, logsumexp, unit, grad_logits if want_weight else None)
         ctx.z_loss, ctx.chunk, ctx.group, ctx.want_weight = z_loss, chunk, group, want_weight
         return logsumexp - target_logits + z_loss * logsumexp.square()
@@ -82,7 +84,7 @@ class _TokenLosses(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             grad_logits = kept
             if start + ctx.chunk < len(hidden):
-                shares = (hidden[part] @ weight.t()).float().sub_(logsumexp[part, None]).exp_()
+                shares = product(hidden[part], weight).float().sub_(logsumexp[part, None]).exp_()
                 local, ours = _local_targets(targets[part], weight, ctx.group)
                 grad_logits = _unit_gradient(shares, logsumexp[part], local, ours, ctx.z_loss).to(weight.dtype)
             grad_weight.addmm_(grad_logits.t(), scaled[part])

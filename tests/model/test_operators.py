@@ -100,3 +100,21 @@ def test_crops_in_one_sequence_do_not_see_each_other(one_rank):
     apart = [x.unflatten(0, (3, 5))[:, :, 0].transpose(0, 1) for x in (query, key, value)]
     expected = FullAttention(None)(*apart, None).transpose(0, 1).flatten(0, 1)[:, None]
     agree(found, expected, [query, key, value], 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_onednn_are_torchs(monkeypatch, one_rank, bias):
+    """With gradients, whatever this processor is; and what is small stays torch's."""
+    from megatron_vlm.model import products
+
+    monkeypatch.setattr(products, "_amd_with_avx512", lambda: True)
+    x, weight = made((130, 2, 96), torch.float32), made((192, 96), torch.float32, 1)
+    inputs = [x, weight, *([made((192,), torch.float32, 2)] if bias else [])]
+    found = products.linear(*inputs)
+    assert type(found.grad_fn).__name__ == "_LinearBackward"
+    agree(found, nn.functional.linear(*inputs), inputs, 1e-5)
+    (of_sum,) = torch.autograd.grad(products.linear(*inputs).sum(), x)
+    torch.testing.assert_close(of_sum, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(products.linear(*inputs), found)
+    assert products.linear(x[:3], weight).grad_fn.name() != "_LinearBackward"
