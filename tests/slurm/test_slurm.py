@@ -97,12 +97,13 @@ def test_three_requeues_give_the_weights_of_the_run_that_was_never_stopped(slurm
     run = clone / "runs" / "tiny-stage1"
     never = clone / "runs" / "never"
     # A real limit of one minute; SLURM sends the first signal 57 s before its end, at most 60 s earlier or later.
-    job = train(slurm, clone, ENDLESS, options=("--time=1", "--signal=B:USR1@57"))
+    # A save after every step: fewer steps until then, which the other run has to repeat.
+    job = train(slurm, clone, ENDLESS, "checkpoint.every=1", options=("--time=1", "--signal=B:USR1@57"))
     for attempt in range(4):
         if attempt:
             start(slurm, job)
             before = steps(run)
-            wait(lambda: steps(run) >= before + 5, lambda: output(clone, job))  # noqa: B023
+            wait(lambda: steps(run) >= before + 2, lambda: output(clone, job))  # noqa: B023
             slurm.command("scancel", "--batch", "--signal=USR1", job)
         wait(lambda: output(clone, job).count("back to the queue") == attempt + 1, lambda: output(clone, job))  # noqa: B023
         wait(lambda: slurm.state(job) == "PENDING", lambda: output(clone, job))
