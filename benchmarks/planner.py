@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import record, samples, step, trainers  # noqa: E402
 from megatron_vlm.batch import Batch  # noqa: E402
+from megatron_vlm.model.products import product  # noqa: E402
 from megatron_vlm.parallel.layout import Layout  # noqa: E402
 from megatron_vlm.plan import hardware, time, workload  # noqa: E402
 
@@ -31,7 +32,7 @@ def device(rounds: int) -> hardware.Gpu:
     speeds = {}
     for name, dtype in DTYPES.items():
         one, other = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-        spent = record.medians(record.alternate({"product": lambda one=one, other=other: one @ other}, rounds))
+        spent = record.medians(record.alternate({"product": lambda one=one, other=other: product(one, other)}, rounds))
         speeds[name] = int(2 * 1024 * 2048 * 2048 / spent["product"])
     large = torch.zeros(64_000_000)
     target = torch.empty_like(large)

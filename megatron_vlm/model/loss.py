@@ -78,8 +78,10 @@ class _TokenLosses(torch.autograd.Function):
         grad_hidden = None if unit is None else (unit * gradient[:, None]).to(unit.dtype)
         if not ctx.want_weight:
             return grad_hidden, *[None] * 7
-        grad_weight = torch.zeros_like(weight)
         scaled = (hidden * gradient[:, None]).to(hidden.dtype)
+        if 0 < len(hidden) <= ctx.chunk:
+            return grad_hidden, product(kept.t(), scaled.t()), *[None] * 6
+        grad_weight = torch.zeros_like(weight)
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             grad_logits = kept
