@@ -15,6 +15,8 @@ import numpy as np
 
 #: Moments are moved this many seconds onwards, so that rounding never shows the frame before the one meant.
 ROUNDING = 1e-6
+#: Most frames of a video.
+MAX_FRAMES = 1_000_000
 _HEADER = struct.Struct("<qqqqq??")
 
 
@@ -77,16 +79,20 @@ class Timeline:
 
     @classmethod
     def unpack(cls, data: bytes) -> Timeline:
-        """From `pack`'s bytes. Raises ValueError for others."""
+        """From `pack`'s bytes. Raises ValueError for others, whatever number of frames they claim."""
         try:
             numerator, denominator, frames, keys, end, seekable, timed = _HEADER.unpack_from(data)
+            if not (1 <= frames <= MAX_FRAMES and 0 <= keys <= MAX_FRAMES and numerator > 0 and denominator > 0):
+                raise struct.error(f"{frames} frames, {keys} key frames, ticks of {numerator}/{denominator} s")
             size = 8 * (frames + keys)
             stream = zlib.decompressobj()
             raw = stream.decompress(data[_HEADER.size :], size + 1)
         except (struct.error, zlib.error) as error:
             raise ValueError(f"the media index holds a damaged timeline ({error}). Build the shards anew.") from error
-        if len(raw) != size or not stream.eof or frames < 1 or denominator < 1:
+        if len(raw) != size or not stream.eof:
             raise ValueError("the media index holds a damaged timeline. Build the shards anew.")
         ticks = np.frombuffer(raw, dtype="<i8").astype(np.int64)
         pts, key_pts = np.cumsum(ticks[:frames]), np.cumsum(ticks[frames:])
+        if (np.diff(pts) <= 0).any() or end <= pts[-1]:
+            raise ValueError("the media index holds a timeline that goes backwards. Build the shards anew.")
         return cls(pts, key_pts, Fraction(numerator, denominator), end, seekable, timed)

@@ -19,11 +19,10 @@ import av
 import av.error
 import numpy as np
 
-from megatron_vlm.data.timeline import Timeline
+from megatron_vlm.data.timeline import MAX_FRAMES, Timeline
 
-#: Most pixels of a frame, frames and seconds of a video; more is refused before it is decoded.
+#: Most pixels of a frame and seconds of a video (and MAX_FRAMES); more is refused before it is decoded.
 MAX_PIXELS = 8192 * 4352
-MAX_FRAMES = 1_000_000
 MAX_SECONDS = 6 * 3600.0
 #: Most seconds of one core spent on the frames that one call wants.
 MAX_DECODE_S = 600.0

@@ -1,5 +1,7 @@
 """When frames are shown, and the form in which that is kept."""
 
+import struct
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -46,3 +48,27 @@ def test_packed_and_back():
 def test_a_damaged_one_is_an_error(cut):
     with pytest.raises(ValueError, match="damaged timeline"):
         Timeline.unpack(VARIABLE.pack()[:cut])
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        (1, 1, 2**40, 0, 5),
+        (1, 1, 2**62, 2**62, 5),
+        (1, 1, -1, 1, 5),
+        (1, 1, 1, -1, 5),
+        (0, 1, 1, 0, 5),
+        (1, 0, 1, 0, 5),
+    ],
+)
+def test_claims_of_a_stranger_cost_nothing(claim):
+    """A gigabyte of zeros packs into a megabyte: no more is unpacked than the frames of a video take."""
+    with pytest.raises(ValueError, match="damaged timeline"):
+        Timeline.unpack(struct.pack("<qqqqq??", *claim, True, True) + zlib.compress(bytes(10_000)))
+
+
+def test_times_that_go_backwards_are_refused():
+    for pts, end in (([0, 10, 5], 20), ([0, 10, 10], 20), ([0, 10, 20], 20)):
+        packed = Timeline(np.array(pts), np.array([0]), Fraction(1, 25), end, True).pack()
+        with pytest.raises(ValueError, match="goes backwards"):
+            Timeline.unpack(packed)
