@@ -1,7 +1,7 @@
 """One line of JSON of one's own -> an Example. Reads image and video files, writes nothing.
 
 A line is an object. Its media, if any: `"image_path": "a.jpg"`, `"image_paths": ["a.jpg", "b.jpg"]` or `"video_path":
-"v.mp4"`, relative to the media folder. Its conversation is one of
+"v.mp4"`, relative to the media folder and not out of it. Its conversation is one of
 
     {"image_path": "a.jpg", "caption": "A cat on a mat ..."}
     {"image_path": "a.jpg", "question": "What is it?", "answer": "A cat."}
