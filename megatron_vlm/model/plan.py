@@ -116,7 +116,9 @@ class Plan:
             return
         last_image = start + int(images[-1]) + 1 if len(images) else start
         prefix_end = start + int((branch == PREFIX_BRANCH).sum())
-        begins = [] if bool(vision[prefix_end - start :].any()) else _branches(branch, start)
+        # Not on a GPU: what is copied of the prefix would be kept for backward, block by block.
+        apart = self.row.device.type == "cpu" and not bool(vision[prefix_end - start :].any())
+        begins = _branches(branch, start) if apart else []
         at = first
         while at < last:
             stop = min(at + QUERIES, last)
