@@ -6,6 +6,7 @@ and kept for the other layers, for backward and for recompute.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -75,7 +76,8 @@ class Plan:
         """
         self.row = row
         self.queries = (first, row.shape[1] if last is None else last)
-        self._places = places(row)
+        found = places(row)
+        self._query, self._key = Places(*(x[:, None] for x in found)), Places(*(x[None] for x in found))
         self._budget = KEPT_PER_TOKEN * row.shape[1]
         self.blocks: list[Block] = []
         for start, end in _runs(row[Mark.EXAMPLE]):
@@ -106,7 +108,7 @@ class Plan:
         if first >= last:
             return
         branch, vision = self.row[Mark.BRANCH, start:end], self.row[Mark.VISION, start:end].bool()
-        images = vision.nonzero().flatten()
+        images = (start + vision.nonzero()[:, 0]).tolist()
         # At most the prefix and one branch, and no image block to look ahead in: plain causal.
         plain = len(images) <= 1 and bool((branch[1:] <= branch[:-1]).all())
         offset = self.queries[0]
@@ -114,10 +116,10 @@ class Plan:
         if plain and first == start:
             self.blocks.append(Block(start - offset, last - offset, start, last, causal=True))
             return
-        last_image = start + int(images[-1]) + 1 if len(images) else start
+        last_image = images[-1] + 1 if images else start
         prefix_end = start + int((branch == PREFIX_BRANCH).sum())
         # Not on a GPU: what is copied of the prefix would be kept for backward, block by block.
-        apart = self.row.device.type == "cpu" and not bool(vision[prefix_end - start :].any())
+        apart = self.row.device.type == "cpu" and last_image <= prefix_end
         begins = _branches(branch, start) if apart else []
         at = first
         while at < last:
@@ -128,12 +130,10 @@ class Plan:
                 own = max(begin for begin in begins if begin <= at)
                 if own > prefix_end:
                     keys, before = own, prefix_end - start
-            inside = slice(at - start, stop - start)
-            looks_ahead = bool(vision[inside].any())
-            keys_end = max(stop, last_image) if looks_ahead else stop
-            in_prefix = stop <= prefix_end
+            inside = bisect_left(images, stop) - bisect_left(images, at)
+            keys_end = max(stop, last_image) if inside else stop
             # The tokens of an image block see each other, what stands before the block, and the same tokens behind.
-            alike = stop - at == 1 or (in_prefix and bool(vision[inside].all()))
+            alike = stop - at == 1 or (stop <= prefix_end and inside == stop - at)
             seen = max(keys, min(at, prefix_end))
             self._add(Block(at - offset, stop - offset, keys, keys_end, False, False, alike, seen, start, before))
             at = stop
@@ -164,16 +164,15 @@ class Plan:
                 self.row[[Mark.EXAMPLE, Mark.BRANCH, Mark.VISION], at:stop], dim=1, return_inverse=True
             )
             query = Places(kinds[0, :, None], kinds[1, :, None], kinds[2, :, None].bool(), kinds.new_tensor(end - 1))
-            sees = visible(query, Places(*(x[None, end : block.keys_end] for x in self._places)))
+            sees = visible(query, Places(*(x[:, end : block.keys_end] for x in self._key)))
             behind = torch.zeros(sees.shape, dtype=mask.dtype, device=mask.device).masked_fill_(~sees, UNSEEN)
             for each, row in enumerate(behind):
                 mask[kind == each, end - first :] = row
         return mask
 
     def _sees(self, at: int, stop: int, keys: int, keys_end: int) -> torch.Tensor:
-        query = Places(*(x[at:stop, None] for x in self._places))
-        key = Places(*(x[None, keys:keys_end] for x in self._places))
-        return visible(query, key)
+        query = Places(*(x[at:stop] for x in self._query))
+        return visible(query, Places(*(x[:, keys:keys_end] for x in self._key)))
 
 
 class Plans:
@@ -220,7 +219,8 @@ def _runs(examples: torch.Tensor) -> list[tuple[int, int]]:
 def _branches(branch: torch.Tensor, start: int) -> list[int]:
     """Where the prefix and each branch of an example begin in the row, from its tokens' branch numbers and its first
     token. Empty where a branch stands in two places."""
-    values, counts = torch.unique_consecutive(branch, return_counts=True)
-    if len(values.unique()) < len(values) or bool((values[1:] == PREFIX_BRANCH).any()):
+    numbers, counts = torch.unique_consecutive(branch, return_counts=True)
+    values = numbers.tolist()
+    if len(set(values)) < len(values) or PREFIX_BRANCH in values[1:]:
         return []
     return (start + counts.cumsum(0) - counts).tolist()
