@@ -1,7 +1,8 @@
 """Transformer Engine's own Python layers beside ours, on a CPU, over kernels written in torch (stub.py).
 
 What this shows: names, shapes, checkpoints, tensor and sequence parallelism, which layers are in FP8 and that they
-train. What it cannot show: Transformer Engine's CUDA kernels, its FP8 products and their speed.
+train, and that delayed scaling goes on after a resume. What it cannot show: Transformer Engine's CUDA kernels, its FP8
+products and their speed.
 """
 
 from __future__ import annotations
