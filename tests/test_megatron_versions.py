@@ -29,6 +29,7 @@ LEFT_OUT = {
         "tests/train/test_guard.py::test_a_planted_spike",
         "tests/train/test_guard.py::test_rollback_goes",
         "tests/train/test_kills.py",
+        "tests/train/test_main.py",
         "tests/train/test_scoring.py::test_data_tensor_and_pipeline_ranks_have_the_scores_of_one",
         "tests/train/test_scoring.py::test_training_does_not_notice",
         "tests/train/test_watchdog.py",
