@@ -13,7 +13,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from megatron_vlm.config.presets import PRESETS  # noqa: E402
-from megatron_vlm.parallel.pool import Pool  # noqa: E402
+from megatron_vlm.parallel.pool import Pool, forget_models  # noqa: E402
 
 # A machine that does other work at the same time is slow now and then: that is no failure.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -69,5 +69,4 @@ def one_rank(tmp_path) -> Iterator[None]:
     yield
     groups.destroy()
     dist.destroy_process_group()
-    # Models hold their groups in reference cycles, and each group over gloo has a thread that wakes every 10 ms.
-    gc.collect()
+    forget_models()

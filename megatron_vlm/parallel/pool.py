@@ -181,9 +181,21 @@ def _call(rank: int, world: int, device: str, task: bytes) -> tuple[float, Any]:
         # The time is taken before the groups go: other ranks fail because of that, and later.
         return time.monotonic(), traceback.format_exc()
     finally:
-        faulthandler.cancel_dump_traceback_later()
         groups.destroy()
         if dist.is_initialized():
             dist.destroy_process_group()
-        # Models hold their groups in reference cycles, and each group over gloo has a thread that wakes every 10 ms.
-        gc.collect()
+        forget_models()
+        faulthandler.cancel_dump_traceback_later()  # the end of a group may hang, too
+
+
+def forget_models() -> None:
+    """Let go of the models that `train.optim.wrap` wrapped, and so of their groups.
+
+    Each group over gloo has threads that wake every 10 ms. The models are in reference cycles, some hidden from Python:
+    Megatron's hooks hang on nodes of autograd. So the wrappers, which all of these go through, are emptied.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for wrapper in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
+        vars(wrapper).clear()
+    gc.collect()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.parallel.pool import Pool
 
 
@@ -29,8 +32,6 @@ def fail_on(rank: int) -> None:
 
 def leave(rank: int) -> None:
     if dist.get_rank() == rank:
-        import os
-
         os._exit(7)
     dist.barrier()
 
@@ -40,9 +41,38 @@ def hang() -> None:
         time.sleep(1)
 
 
+def step() -> None:
+    from megatron_vlm.model.build import build
+    from megatron_vlm.parallel import groups
+    from megatron_vlm.train import optim
+    from megatron_vlm.train.step import Stepper
+    from tests.model import tiny
+
+    layout = Layout(2)
+    groups.initialize(layout, seed=0, timeout_s=50)
+    config = tiny.config(tiny.ARCH, global_batch=2)
+    models = optim.wrap(build(config, layout), config)
+    Stepper(models, optim.build(models, config), config, ["data"]).train([tiny.batch(tiny.ARCH, [dist.get_rank()])], 1)
+    assert len(os.listdir("/proc/self/task")) > 40
+
+
+def threads_and_modules() -> tuple[int, int]:
+    modules = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
+    return len(os.listdir("/proc/self/task")), len(modules)
+
+
 def test_results_come_by_rank_and_groups_are_fresh(pool):
     assert pool(2).run(total, 5) == [(0, 11), (1, 11)]
     assert pool(2).run(total, 6) == [(0, 13), (1, 13)]
+
+
+def test_models_and_threads_of_a_call_end_with_it(pool):
+    """Else hundreds of threads, each waking 100 times a second, make the calls after it slow."""
+    pool(2).run(step)
+    once = pool(2).run(threads_and_modules)
+    pool(2).run(step)
+    assert pool(2).run(threads_and_modules) == once
+    assert all(threads < 20 and modules == 0 for threads, modules in once)
 
 
 def test_failing_rank_is_named_with_its_traceback_and_the_pool_recovers(pool):
