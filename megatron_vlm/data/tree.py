@@ -295,22 +295,6 @@ def _first_answer(name: str, lengths: list[int]) -> int:
     raise ValueError(f"sample {name} has an empty answer: there is nothing to learn. Leave it out.")
 
 
-def prompt_tokens(example: Example, branch: Branch, settings: TreeSettings) -> TokenizedExample:
-    """What generation starts from: the images and the first turn of `branch`, up to where the answer begins.
-
-    All loss weights are 0. Random choices (paraphrases) are keyed by seed and sample. The crops and windows belong to
-    `layouts`, as in training.
-    """
-    layouts = media_layouts(example, settings)
-    prefix = prefix_tokens(layouts, settings.tokenizer)
-    rng = generator(settings.seed, example.key, "generation")
-    rate = example.clip.rate if example.clip else 0
-    text = prompts.user_text(settings.prompts, branch.style, branch.turns[0], None, first=True, rng=rng, rate=rate)
-    tokens = settings.tokenizer.user_turn(text, first=True)
-    _check_fit(example.key, len(prefix[0]), len(tokens), layouts, settings)
-    return _assemble(prefix, [(tokens, [len(tokens)], 1.0)], layouts, settings, 0.0)
-
-
 def _check_fit(name: str, prefix: int, first_loss: int, layouts: tuple[Layout, ...], settings: TreeSettings) -> None:
     video = any(isinstance(layout, VideoLayout) for layout in layouts)
     fewer = "lower data.max_frames" if video else "lower data.image_crops"
@@ -337,8 +321,8 @@ def _assemble(
     layouts: tuple[Layout, ...],
     settings: TreeSettings,
     flat_weight: float | None,
-    dropped: int = 0,
-    dropped_images: int = 0,
+    dropped: int,
+    dropped_images: int,
 ) -> TokenizedExample:
     sizes = np.asarray([len(tokens) for tokens, *_ in parts])  # (branches,)
     ids = np.fromiter(itertools.chain.from_iterable(tokens for tokens, *_ in parts), np.int64, count=sizes.sum())

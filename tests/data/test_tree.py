@@ -9,7 +9,7 @@ import pytest
 from megatron_vlm.batch import PREFIX_BRANCH
 from megatron_vlm.config.geometry import ImageGeometry, image_geometry
 from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Turn, from_json, to_json
-from megatron_vlm.data.tree import TreeSettings, prompt_tokens, tokenize
+from megatron_vlm.data.tree import TreeSettings, tokenize
 from tests.data.world import ARCH, tokenizer
 
 TOKENIZER = tokenizer()
@@ -189,14 +189,6 @@ def test_choices_are_keyed():
 
     assert order() == order()
     assert order(visit=1) != order() != order(dataset="e") != order(settings=dataclasses.replace(SETTINGS, seed=1))
-
-
-def test_prompt_is_the_beginning_of_the_sample():
-    example = Example("a", (qa("what is it?", "cat"),), (PHOTO,))
-    prompt, whole = prompt_tokens(example, example.branches[0], SETTINGS), tokenize(example, "d", 0, SETTINGS)
-    assert prompt.tokens.tolist() == whole.tokens[: len(prompt.tokens)].tolist()
-    assert TOKENIZER.decode(whole.tokens[len(prompt.tokens) :]) == "cat"
-    assert not prompt.loss_weights.any() and prompt.layouts == whole.layouts
 
 
 def test_unknown_settings_are_refused():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config.geometry import image_geometry
+from megatron_vlm.data.example import Branch, Clip, Example, Point, Tracks, Turn
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tree import TreeSettings, prompt_tokens
+from megatron_vlm.data.tree import TreeSettings, tokenize
 from megatron_vlm.evaluate import tasks
 from tests.data import world
 
@@ -27,7 +28,7 @@ def test_a_question_begins_as_in_training(shards, settings, dataset):
     for index in range(shards.count(dataset, "train")):
         sample = shards.example(dataset, "train", index)
         asked = tasks.prompt(sample, shards, settings)
-        trained = prompt_tokens(sample, sample.branches[0], settings)
+        trained = tokenize(sample, dataset, 0, settings)
         # The words may differ (paraphrases, hints of length), the image block may not.
         assert asked.prefix == trained.tokens[: len(asked.prefix)].tolist()
         assert len(asked.questions) == len(sample.branches)
@@ -35,6 +36,15 @@ def test_a_question_begins_as_in_training(shards, settings, dataset):
         placeholders = asked.prefix.count(settings.tokenizer.im_patch)
         assert len(asked.windows) == placeholders == trained.tokens.tolist().count(settings.tokenizer.im_patch)
         assert asked.windows.max(initial=-1) < asked.crops.shape[0] * settings.geometry.patches
+        if dataset == "text":  # whose words are not varied
+            whole = [*asked.prefix, *asked.questions[0]]
+            assert whole == trained.tokens[: len(whole)].tolist() and trained.loss_weights[len(whole) - 1] > 0
+
+
+def test_tracks_are_asked_for_at_the_clip_s_rate(settings):
+    branch = Branch("video_point_track_per_frame", (Turn("cup", Tracks("cup", ((Point(0.0, 0.5, 0.5),),))),))
+    words = tasks.question(Example("a", (branch,), clip=Clip(rate=6)), branch, settings)
+    assert "6 FPS" in words or "6 frames per second" in words
 
 
 def test_other_images_are_others_and_the_questions_stay(shards):
