@@ -1,4 +1,4 @@
-"""Which layers train.precision=fp8 computes in FP8, and whether their sizes allow it. Integers only.
+"""Whether the sizes of what train.precision=fp8 computes in FP8 allow it. Integers only.
 
 The policy: the decoder's linear layers, but for its first and last layers; everything else (vision tower, connector,
 embeddings, norms, attention, head and loss) stays in bf16. A crop's patches are why the tower does: 729 is odd, and its
@@ -16,12 +16,6 @@ from megatron_vlm.config.schema import Config
 #: asks for 16); a block of mxfp8 has 32 numbers, one of blockwise 128.
 MULTIPLE = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
 COMPONENTS = ("language", "vision")
-
-
-def in_bf16(config: Config, layer: int, layers: int) -> bool:
-    """Whether decoder layer `layer` (from 0) of `layers` stays in bf16."""
-    fp8 = config.fp8
-    return layer < fp8.first_layers_bf16 or layer >= layers - fp8.last_layers_bf16
 
 
 def problems(config: Config, arch: Architecture, world: int) -> Iterator[str]:

@@ -6,7 +6,6 @@ links and devices, absolute or `..` names, a name twice, sizes beyond the end of
 
 from __future__ import annotations
 
-import io
 import itertools
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -137,12 +136,3 @@ def sample_headers(members: Iterable[Member]) -> Iterator[int]:
         if member.key != last:
             yield member.header
         last = member.key
-
-
-def tar_bytes(files: dict[str, bytes]) -> bytes:
-    """A small tar in memory: one entry per name."""
-    stream = io.BytesIO()
-    for name, data in files.items():
-        add_member(stream, name, data)
-    end_tar(stream)
-    return stream.getvalue()

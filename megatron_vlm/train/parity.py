@@ -153,14 +153,6 @@ def module_of(name: str) -> str:
     return name.rsplit(".", 1)[0]
 
 
-def by_module(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """One vector per module: its parameters one after the other."""
-    modules: dict[str, list[np.ndarray]] = {}
-    for key in sorted(tensors):
-        modules.setdefault(module_of(key), []).append(tensors[key].ravel())
-    return {name: np.concatenate(parts) for name, parts in modules.items()}
-
-
 def failed(name: str, world: int, why: str) -> Report:
     """The report on a layout that did not come to its end."""
     nothing = dict.fromkeys(COMPONENTS, math.nan)

@@ -17,10 +17,9 @@ import webdataset
 from megatron_vlm.data import bundle, export
 from megatron_vlm.data.example import Branch, Example, Media, Point, Points, Tracks, Turn
 from megatron_vlm.data.shards import Shards
-from megatron_vlm.data.tar import tar_bytes
 from megatron_vlm.data.writer import ShardWriter
 from tests.data.clips import clip, steady
-from tests.data.world import picture
+from tests.data.world import picture, tar_bytes
 
 
 def image(seed: int) -> bytes:

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_vlm.data import bundle, repair
 from megatron_vlm.data.example import Media
-from megatron_vlm.data.tar import add_member, end_tar, index_tar, sample_headers, split_name, tar_bytes, write_offsets
+from megatron_vlm.data.tar import add_member, end_tar, index_tar, sample_headers, split_name, write_offsets
+from tests.data.world import tar_bytes
 
 
 def stranger(path, *members: tarfile.TarInfo, data: bytes = b"x" * 700):

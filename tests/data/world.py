@@ -11,6 +11,7 @@ from PIL import Image
 from megatron_vlm.config.presets import PRESETS
 from megatron_vlm.config.schema import Config, DataConfig, TrainConfig
 from megatron_vlm.data.example import Branch, Example, Point, Points, Turn
+from megatron_vlm.data.tar import add_member, end_tar
 from megatron_vlm.data.tokens import Tokenizer, train
 from megatron_vlm.data.writer import ShardWriter
 from tests.data.clips import clip, steady
@@ -35,6 +36,15 @@ def picture(rng: np.random.Generator, format: str = "JPEG", size: tuple[int, int
     pixels = np.asarray(Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height)))
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format)
+    return stream.getvalue()
+
+
+def tar_bytes(files: dict[str, bytes]) -> bytes:
+    """A small tar as the writers make it."""
+    stream = io.BytesIO()
+    for name, data in files.items():
+        add_member(stream, name, data)
+    end_tar(stream)
     return stream.getvalue()
 
 
