@@ -22,15 +22,16 @@ from megatron_vlm.batch import Batch
 from megatron_vlm.config import rampup
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data import manifest
+from megatron_vlm.data import identity, manifest
 from megatron_vlm.data import mixture as mixtures
 from megatron_vlm.data.balance import deal
 from megatron_vlm.data.batches import arrange, parts
 from megatron_vlm.data.collate import Collator, MicroBatch, silenced
 from megatron_vlm.data.faults import Fault
 from megatron_vlm.data.keyed import generator
+from megatron_vlm.data.mixture import Mixture
 from megatron_vlm.data.order import MixtureOrder, OnePassOrder
-from megatron_vlm.data.plan import Planner, Row, padding_row
+from megatron_vlm.data.plan import Planner, Row, Sample, padding_row
 from megatron_vlm.data.plan_cache import PlanCache
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.stored import StoredRow
@@ -66,9 +67,9 @@ class Step:
     """What one rank needs for one optimizer step. Counts are of the whole global batch unless they say otherwise."""
 
     micro_batches: tuple[Batch, ...]
-    """This rank's."""
+    """This rank's; () until they are made."""
     planned: tuple[MicroBatch, ...]
-    """What they were made of."""
+    """What they are made of."""
     window: int
     """Window and place in it of the step's first row."""
     offset: int
@@ -105,6 +106,11 @@ class Step:
     """Samples that could not be loaded and are passed over, as they stand in `keys`: all that could not be planned, and
     those whose media this rank failed to read. Ranks that share the step must exchange them (train/faults.py)."""
 
+    @property
+    def samples_here(self) -> list[Sample]:
+        """Those of this rank's rows."""
+        return [sample for micro_batch in self.planned for row in micro_batch.rows for sample in row.samples]
+
     def without(self, faults: Iterable[Fault]) -> Step:
         """The step with these samples silenced too. Nothing else changes: not a place, not a shape."""
         # The same fault on every layout, where several of a sample's files fail.
@@ -112,11 +118,10 @@ class Step:
         if not known:
             return self
         batches = zip(self.micro_batches, self.planned, strict=True)
-        mine = [sample for micro_batch in self.planned for row in micro_batch.rows for sample in row.samples]
         return replace(
             self,
             micro_batches=tuple(silenced(batch, micro_batch, known) for batch, micro_batch in batches),
-            loss_weight=sum(sample.facts.weight for sample in mine if sample.key not in known),
+            loss_weight=sum(one.facts.weight for one in self.samples_here if one.key not in known),
             global_loss_weight=sum(
                 weight for key, weight in zip(self.keys, self.weights, strict=True) if key not in known
             ),
@@ -143,11 +148,9 @@ class Loader:
         state: dict[str, Any] | None = None,
         one_pass: bool = False,
     ) -> None:
-        self._share, self._config = share, config
-        data, self._grows = config.data, not one_pass
-        self._balances = data.balance_batches > 1 and not one_pass
+        data, split = config.data, split or config.data.split
+        self._config, self._share, self._one_pass = config, share, one_pass
         _check_shares(config, share)
-        split = split or data.split
         shards = Shards(manifest.directory(data.manifest))
         mixture = mixtures.load(data.mixture)
         tokenizer = Tokenizer.load(data.tokenizer, arch.language)
@@ -162,55 +165,46 @@ class Loader:
         order = (OnePassOrder if one_pass else MixtureOrder)(self.sources, sizes, rates, data.seed)
         settings = TreeSettings.of(data, tokenizer, arch)
         skips = data.bad_samples == "skip"
-        geometry = settings.geometry
         self._planner = Planner(
-            shards, split, self.sources, tuple(m.weight for m in mixture.members), order, settings, arch, data.window,
-            tuple(m.high_resolution for m in mixture.members),
-            skips,
-        )  # fmt: skip
+            shards,
+            split,
+            self.sources,
+            flat_weights=tuple(member.weight for member in mixture.members),
+            order=order,
+            settings=settings,
+            arch=arch,
+            length=data.window,
+            high_resolution=tuple(member.high_resolution for member in mixture.members),
+            skips=skips,
+        )
         self._rates, self._groups = rates, mixture.group_numbers
-        self._identity = {
-            "manifest": shards.hash,
-            "tokenizer": tokenizer.hash,
-            "mixture": mixture.hash,
-            "split": split,
-            "one_pass": one_pass,
-            "geometry": repr(geometry),
-            **{name: getattr(data, name) for name in _SETTINGS},
-        }
-        if any(member.high_resolution for member in mixture.members):
-            if data.max_crops < 1 + data.high_resolution_crops:
-                raise ValueError(
-                    f"data.max_crops={data.max_crops} is less than an image of data.high_resolution_crops="
-                    f"{data.high_resolution_crops} can have, and data.mixture={data.mixture} draws such images."
-                )
-            self._identity["high_resolution_crops"] = data.high_resolution_crops
-        if shards.has_videos:
-            self._identity["videos"] = f"{data.frames_per_second} {data.max_frames} {geometry.video_pool}"
-        if self._balances:
-            ramp = [config.train.rampup_steps, config.train.rampup_from, config.train.rampup_by]
-            self._identity["balance"] = f"{data.balance_batches} batches of {config.train.global_batch} rows, {ramp}"
+        _check_high_resolution(config, mixture)
+        self._identity = identity.of(config, shards, mixture, tokenizer, settings.geometry, split, one_pass)
+        self._balances = "balance" in self._identity
+        self._position, self._steps = (0, 0), 0
         self.accepted: dict[str, str] = {}
         """What differs from `state` and is accepted (run.accept): `was X and is now Y` by name."""
-        self._position = (0, 0) if state is None else self._checked(state)
-        self._steps = 0 if state is None else int(state.get("steps", 0))
-        self._workers = Workers(Collator(shards, geometry, data.sequence_length, skips), data.workers)
+        if state is not None:
+            self.accepted = identity.check(state.get("of", {}), self._identity, config.run.accept)
+            # Rows of another order are not those that the offset counts.
+            self._position = (state["window"] + 1, 0) if self.accepted else (state["window"], state["offset"])
+            self._steps = state.get("steps", 0)
+        self._workers = Workers(Collator(shards, settings.geometry, data.sequence_length, skips), data.workers)
         self._plans = ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._cache: PlanCache | None = None
         if data.plan_cache and share.ranks > 1 and not one_pass:
             own = data.plan_cache == "run"
             folder = Path(config.run.dir) / "plans" if own else Path(data.plan_cache)
-            of = {**self._identity, "arch": repr(arch), "skips": skips}
-            self._cache = PlanCache(self._planner, folder, of, rank=share.rank, ranks=share.ranks, own=own)
+            plan_of = {**self._identity, "arch": repr(arch), "skips": skips}
+            self._cache = PlanCache(self._planner, folder, plan_of, rank=share.rank, ranks=share.ranks, own=own)
         self.keys: tuple[str, ...] = ()
         """`data set/key` of this rank's samples in the step handed out last, or waited for."""
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from the loader's position on; the position moves with each step that is handed out."""
-        ahead: deque[tuple[dict[str, Any], list[Future[Made]]]] = deque()
-        for facts, micro_batches in self._planned_steps(*self._position):
-            facts["planned"] = tuple(micro_batches)
-            ahead.append((facts, [self._workers.submit(micro_batch) for micro_batch in micro_batches]))
+        ahead: deque[tuple[Step, list[Future[Made]]]] = deque()
+        for step in self._planned_steps(*self._position):
+            ahead.append((step, self._begun(step)))
             if len(ahead) > STEPS_AHEAD:
                 yield self._finished(*ahead.popleft())
         while ahead:
@@ -226,11 +220,10 @@ class Loader:
         for number, rows in self._windows(0 if self._balances else window, 1, 0):
             if number >= window:
                 if place < len(rows):
-                    facts, micro_batches = self._step([rows[place]], (number, place), (number, place + 1))
-                    facts["planned"] = tuple(micro_batches)
-                    return self._finished(facts, [self._workers.submit(one) for one in micro_batches])
+                    step = self._step([rows[place]], (number, place), (number, place + 1))
+                    return self._finished(step, self._begun(step))
                 place -= len(rows)
-        raise ValueError(f"there are only {number + 1} windows.")
+        raise ValueError(f"the stream ends before window {window}, row {place}.")
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream goes on after the last step handed out, and what it is a stream of. JSON values."""
@@ -248,34 +241,19 @@ class Loader:
             self._cache.close()
         self._plans.shutdown(wait=False, cancel_futures=True)
 
-    def _checked(self, state: dict[str, Any]) -> tuple[int, int]:
-        before = state.get("of", {})
-        different = {
-            name: f"was {before.get(name)!r} and is now {self._identity.get(name)!r}"
-            for name in {**self._identity, **before}
-            if before.get(name) != self._identity.get(name)
-        }
-        self.accepted = {name: words for name, words in different.items() if _accepts(self._config.run.accept, name)}
-        refused = [f"{name} {words}" for name, words in different.items() if name not in self.accepted]
-        if refused:
-            raise ValueError(
-                f"the data are not those that the run was stopped on: {'; '.join(refused)}. Set them back, or start "
-                "a new run from the weights (init.checkpoint). To go on all the same, at the next window of the new "
-                f"order: run.accept=[{','.join(f'data.{name}' if name in _SETTINGS else name for name in different)}]."
-            )
-        # Rows of another order are not those that the offset counts.
-        return (int(state["window"]) + 1, 0) if different else (int(state["window"]), int(state["offset"]))
+    def _begun(self, step: Step) -> list[Future[Made]]:
+        return [self._workers.submit(micro_batch) for micro_batch in step.planned]
 
-    def _finished(self, facts: dict[str, Any], futures: list[Future[Made]]) -> Step:
-        self.keys = tuple(s.key for micro in facts["planned"] for row in micro.rows for s in row.samples)
-        made = [_result(planned, future) for planned, future in zip(facts["planned"], futures, strict=True)]
-        step = Step(micro_batches=tuple(batch for batch, _ in made), **facts)
+    def _finished(self, step: Step, futures: list[Future[Made]]) -> Step:
+        self.keys = tuple(sample.key for sample in step.samples_here)
+        made = [_result(planned, future) for planned, future in zip(step.planned, futures, strict=True)]
+        step = replace(step, micro_batches=tuple(batch for batch, _ in made))
         self._position = (step.next_window, step.next_offset)
         self._steps += 1
         return step.without(fault for _, faults in made for fault in faults)
 
-    def _planned_steps(self, window: int, offset: int) -> Iterator[tuple[dict[str, Any], list[MicroBatch]]]:
-        """What is known of each step without pixels, and this rank's micro-batches."""
+    def _planned_steps(self, window: int, offset: int) -> Iterator[Step]:
+        """Each step as it is known without pixels."""
         rows: list[Planned] = []
         start, step = (window, offset), self._steps + 1
         for number, planned in self._windows(window, *self._entry(offset, step)):
@@ -292,7 +270,7 @@ class Loader:
             yield self._step([*rows, *padding], start, (number + 1, 0))
 
     def _rows_of(self, step: int) -> int:
-        return rampup.rows(self._config.train, max(1, step)) if self._grows else self._config.train.global_batch
+        return self._config.train.global_batch if self._one_pass else rampup.rows(self._config.train, max(1, step))
 
     def _entry(self, offset: int, step: int) -> tuple[int, int]:
         """Which step has a window's first row, and how many rows earlier windows gave it, if `step` begins at row
@@ -330,41 +308,44 @@ class Loader:
         last, held = step + len(sizes) - 1, sizes[-1] + (before if len(sizes) == 1 else 0)
         return (rows, last + 1, 0) if held == self._rows_of(last) else (rows, last, held)
 
-    def _step(
-        self, rows: Sequence[Planned], start: tuple[int, int], following: tuple[int, int]
-    ) -> tuple[dict[str, Any], list[MicroBatch]]:
+    def _step(self, rows: Sequence[Planned], start: tuple[int, int], following: tuple[int, int]) -> Step:
+        """The step of these rows, its micro-batches not made yet.
+
+        start, following: (window, place) of its first row, and of the next step's.
+        """
         share, per_batch = self._share, self._config.train.micro_batch
         per_rank = len(rows) // (share.data_ranks * per_batch)
         dealt = deal([row.cost for row in rows], share.data_ranks, per_rank)[share.data_rank]
-        micro_batches = [
-            MicroBatch(tuple(rows[i].unpack() for i in batch), share.crop_rank, share.crop_ranks, share.crops)
-            for batch in dealt
-        ]
         by_row = [row.facts for row in rows]
         samples = [one for facts in by_row for one in facts]
-        weights = tuple(one.weight for one in samples)
         lines = ["\n".join(one.key for one in facts) for facts in by_row]
-        facts = {
-            "window": start[0],
-            "offset": start[1],
-            "next_window": following[0],
-            "next_offset": following[1],
-            "rows": tuple(row.number for row in rows),
-            "keys": tuple(one.key for one in samples),
-            "keys_hash": hashlib.sha256("\n\n".join(lines).encode()).hexdigest(),
-            "weights": weights,
-            "loss_weight": sum(one.weight for batch in dealt for i in batch for one in by_row[i]),
-            "global_loss_weight": sum(weights),
-            "tokens": len(rows) * self._config.data.sequence_length,
-            "useful_tokens": sum(one.tokens for one in samples),
-            "image_tokens": sum(one.placeholders for one in samples),
-            "crops": sum(one.crops for one in samples),
-            "samples": len(samples),
-            **{name: sum(getattr(one, name) for one in samples) for name in _LOSSES},
-            "cut": tuple(one.key for one in samples if any(getattr(one, name) for name in _LOSSES)),
-            "skipped": tuple(one.fault for one in samples if one.fault),
-        }
-        return facts, micro_batches
+        return Step(
+            micro_batches=(),
+            planned=tuple(
+                MicroBatch(tuple(rows[i].unpack() for i in batch), share.crop_rank, share.crop_ranks, share.crops)
+                for batch in dealt
+            ),
+            window=start[0],
+            offset=start[1],
+            next_window=following[0],
+            next_offset=following[1],
+            rows=tuple(row.number for row in rows),
+            keys=tuple(one.key for one in samples),
+            keys_hash=hashlib.sha256("\n\n".join(lines).encode()).hexdigest(),
+            weights=tuple(one.weight for one in samples),
+            loss_weight=sum(one.weight for batch in dealt for i in batch for one in by_row[i]),
+            global_loss_weight=sum(one.weight for one in samples),
+            tokens=len(rows) * self._config.data.sequence_length,
+            useful_tokens=sum(one.tokens for one in samples),
+            image_tokens=sum(one.placeholders for one in samples),
+            crops=sum(one.crops for one in samples),
+            samples=len(samples),
+            cut_tokens=sum(one.cut_tokens for one in samples),
+            dropped_branches=sum(one.dropped_branches for one in samples),
+            dropped_images=sum(one.dropped_images for one in samples),
+            cut=tuple(one.key for one in samples if one.cut_tokens or one.dropped_branches or one.dropped_images),
+            skipped=tuple(one.fault for one in samples if one.fault),
+        )
 
 
 def _result(planned: MicroBatch, future: Future[Made]) -> Made:
@@ -379,35 +360,21 @@ def _result(planned: MicroBatch, future: Future[Made]) -> Made:
         ) from error
 
 
-#: Settings that decide what the rows hold, beside the files.
-_SETTINGS = (
-    "seed",
-    "window",
-    "sequence_length",
-    "max_crops",
-    "image_crops",
-    "max_images",
-    "multi_image_crops",
-    "prompts",
-    "loss_weighting",
-)
-
-
-#: What a sample can lose when it is made into tokens.
-_LOSSES = ("cut_tokens", "dropped_branches", "dropped_images")
-
-
-def _accepts(accept: tuple[str, ...], name: str) -> bool:
-    """A setting goes by its whole name there, data.seed; contents (manifest, mixture, tokenizer) by theirs."""
-    return name in accept or (name in _SETTINGS and f"data.{name}" in accept)
-
-
 def _check_shares(config: Config, share: Share) -> None:
     rows, per_batch = config.train.global_batch, config.train.micro_batch
     if rows % (share.data_ranks * per_batch):
         raise ValueError(
             f"train.global_batch={rows} does not divide by {share.data_ranks} data-parallel ranks x "
             f"train.micro_batch={per_batch}."
+        )
+
+
+def _check_high_resolution(config: Config, mixture: Mixture) -> None:
+    data = config.data
+    if any(member.high_resolution for member in mixture.members) and data.max_crops < 1 + data.high_resolution_crops:
+        raise ValueError(
+            f"data.max_crops={data.max_crops} is less than an image of data.high_resolution_crops="
+            f"{data.high_resolution_crops} can have, and data.mixture={data.mixture} draws such images."
         )
 
 

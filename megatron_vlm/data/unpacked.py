@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from megatron_vlm.data.collate import MicroBatch
-from megatron_vlm.data.loader import Loader, Planned
+from megatron_vlm.data.loader import Loader, Planned, Step
 from megatron_vlm.data.plan import Row, padding_row
 
 
@@ -18,12 +17,10 @@ class UnpackedLoader(Loader):
 
     multiple = 1
 
-    def _step(
-        self, rows: Sequence[Planned], start: tuple[int, int], following: tuple[int, int]
-    ) -> tuple[dict[str, Any], list[MicroBatch]]:
-        facts, _ = super()._step(rows, start, following)
+    def _step(self, rows: Sequence[Planned], start: tuple[int, int], following: tuple[int, int]) -> Step:
+        packed = super()._step(rows, start, following)
         single = [Row(row.number, (sample,), row.cost) for row in rows for sample in row.unpack().samples]
         parts = self._share.data_ranks * self._config.train.micro_batch * self.multiple
         single += [padding_row(rows[-1].number) for _ in range(-len(single) % parts)]
-        _, micro_batches = super()._step(single, start, following)
-        return {**facts, "tokens": len(single) * self._config.data.sequence_length}, micro_batches
+        unpacked = super()._step(single, start, following)
+        return replace(packed, planned=unpacked.planned, tokens=unpacked.tokens)

@@ -190,6 +190,10 @@ def test_one_pass_holds_every_sample_once(folder):
     assert sorted(key for step in ranks[0] for key in step.keys) == sorted(keys)
     numbers = [row for step in ranks[0] for row in step.rows]
     assert len(set(numbers)) == len(numbers)
+    loader = Loader(config(folder, train={"micro_batch": 1}), ARCH, Share(), split="validation", one_pass=True)
+    with pytest.raises(ValueError, match="the stream ends before window 99, row 0"):
+        loader.row(99, 0)
+    loader.close()
 
 
 def test_crop_ranks_read_their_part(folder):
