@@ -16,7 +16,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import init_method_normal
 from torch import nn
 
 from megatron_vlm.config.architecture import Architecture
@@ -24,12 +23,9 @@ from megatron_vlm.model import replicated
 from megatron_vlm.model.activation import SwiGlu
 from megatron_vlm.model.full_attention import FullAttention
 from megatron_vlm.model.kernels import PartConfig
-from megatron_vlm.model.linear import ColumnParallelLinear, of
+from megatron_vlm.model.linear import gathered, of
 from megatron_vlm.model.pooling import WindowAttention, WindowAttentionSubmodules, WindowMean
 from megatron_vlm.model.resampler import Resampler
-
-#: Spread of the initial weights of poolings and projectors (Molmo2).
-INIT_STD = 0.02
 
 Settings = Mapping[str, Any]
 
@@ -86,16 +82,11 @@ def _width_in(arch: Architecture) -> int:
     return arch.vision.width * max(1, len(arch.connector.taps))
 
 
-def _config(settings: Settings, groups: ProcessGroupCollection, **sizes: Any) -> PartConfig:
-    init = init_method_normal(INIT_STD)
-    return replicated.config(settings, groups, init_method=init, output_layer_init_method=init, **sizes)
-
-
 def _attention_config(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> PartConfig:
     connector = arch.connector
     if connector.width % connector.heads:
         raise ValueError(f"a connector {connector.width} wide cannot have {connector.heads} heads of equal size.")
-    return _config(
+    return replicated.config(
         settings,
         groups,
         num_layers=max(1, connector.layers),
@@ -112,7 +103,8 @@ def _projector_config(
     arch: Architecture, settings: Settings, groups: ProcessGroupCollection, **sizes: Any
 ) -> PartConfig:
     heads = groups.tp.size()  # there is no attention; Megatron wants heads for every tensor-parallel rank
-    return _config(settings, groups, num_layers=1, hidden_size=arch.language.hidden, num_attention_heads=heads, **sizes)
+    sizes |= {"num_layers": 1, "hidden_size": arch.language.hidden, "num_attention_heads": heads}
+    return replicated.config(settings, groups, **sizes)
 
 
 def _mlp(config: PartConfig, width_in: int, groups: ProcessGroupCollection) -> MLP:
@@ -126,18 +118,6 @@ def _mlp(config: PartConfig, width_in: int, groups: ProcessGroupCollection) -> M
         ),
         input_size=width_in,
         ffn_hidden_size=config.ffn_hidden_size,
-        tp_group=groups.tp,
-    )
-
-
-def _linear(config: PartConfig, width_in: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
-    # Megatron's whatever the spec: Transformer Engine's gathers no outputs.
-    return ColumnParallelLinear(
-        width_in,
-        config.hidden_size,
-        config=config,
-        init_method=config.init_method,
-        gather_output=True,
         tp_group=groups.tp,
     )
 
@@ -173,7 +153,7 @@ def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGro
 def linear(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """The window's mean through one linear layer."""
     config = _projector_config(arch, settings, groups)
-    return Connector(config, WindowMean(), _linear(config, _width_in(arch), groups), 1, groups)
+    return Connector(config, WindowMean(), gathered(config, _width_in(arch), groups.tp), 1, groups)
 
 
 def mlp(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
@@ -193,7 +173,7 @@ def resampler(arch: Architecture, settings: Settings, groups: ProcessGroupCollec
         )
     pooling = Resampler(_attention_config(arch, settings, groups), _width_in(arch), queries, groups)
     config = _projector_config(arch, settings, groups)
-    return Connector(config, pooling, _linear(config, arch.connector.width, groups), queries, groups)
+    return Connector(config, pooling, gathered(config, arch.connector.width, groups.tp), queries, groups)
 
 
 CONNECTORS: dict[str, Callable[[Architecture, Settings, ProcessGroupCollection], Connector]] = {

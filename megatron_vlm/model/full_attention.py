@@ -10,8 +10,8 @@ from torch import nn
 
 from megatron_vlm.model import block_kernels, flash
 
-#: Batches of one call on CUDA, whose kernels count them in the dimension of their grid that ends at 65,535. A
-#: micro-batch of small windows has more.
+#: Batches of one call: CUDA kernels count them in the dimension of their grid that ends at 65,535. A micro-batch of
+#: small windows has more.
 BATCHES = 32_768
 
 
@@ -35,22 +35,11 @@ class FullAttention(nn.Module):
         **unused: Any,
     ) -> torch.Tensor:
         """(queries, batch, heads, size), keys and values alike -> (queries, batch, heads x size)."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        visible = None if attention_mask is None else attention_mask[:, None, None, :]
-        most = len(query) if query.device.type == "cpu" else BATCHES
-        return self._in_calls(query, key, value, visible, max(1, most)).permute(2, 0, 1, 3).flatten(2)
-
-    def _in_calls(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, most: int
-    ) -> torch.Tensor:
-        """Attention of (batch, heads, ...) tensors, `most` of the batch at a time."""
-        parts = []
-        for start in range(0, max(1, len(query)), most):
-            part = slice(start, start + most)
-            mask = None if visible is None else visible[part]
-            q, k, v = query[part], key[part], value[part]
-            parts.append(_attend(q, k, v, mask, self.scale))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        queries, keys, values = (x.permute(1, 2, 0, 3).split(BATCHES) for x in (query, key, value))
+        masks = [None] * len(queries) if attention_mask is None else attention_mask[:, None, None, :].split(BATCHES)
+        parts = [_attend(*part, self.scale) for part in zip(queries, keys, values, masks, strict=True)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class CropAttention(nn.Module):

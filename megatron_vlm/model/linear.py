@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import nn
@@ -71,6 +72,21 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
         if _alone(self):
             return products.linear(input_, self.weight, self.bias), None
         return super().forward(input_)
+
+
+def gathered(config: PartConfig, width_in: int, group: dist.ProcessGroup) -> ColumnParallelLinear:
+    """`width_in` -> `config.hidden_size`, the whole output on every rank of the tensor-parallel `group`.
+
+    Megatron's whatever the spec: Transformer Engine's gathers no outputs.
+    """
+    return ColumnParallelLinear(
+        width_in,
+        config.hidden_size,
+        config=config,
+        init_method=config.init_method,
+        gather_output=True,
+        tp_group=group,
+    )
 
 
 def mark_sharded(module: nn.Module) -> None:

@@ -17,9 +17,6 @@ from torch import nn
 
 from megatron_vlm.batch import PAD
 
-#: Windows attended to in one call: CUDA kernels number a batch with 16 bits.
-MOST_WINDOWS = 32_768
-
 
 def take(features: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
     """(m, h) features at (...) indices -> (..., h), zeros in empty slots."""
@@ -98,12 +95,5 @@ class WindowAttention(MegatronModule):
         heads = query.shape[-1] // self.head_size
         key, value = key_value.unflatten(-1, (heads, 2 * self.head_size)).chunk(2, dim=-1)
         query = query.unflatten(-1, (heads, self.head_size))
-        parts = zip(
-            query.split(MOST_WINDOWS, 1),
-            key.split(MOST_WINDOWS, 1),
-            value.split(MOST_WINDOWS, 1),
-            visible_slots(windows).split(MOST_WINDOWS),
-            strict=True,
-        )
-        pooled = torch.cat([self.core_attention(*part) for part in parts], dim=1)
+        pooled = self.core_attention(query, key, value, visible_slots(windows))
         return self.linear_proj(pooled)[0].transpose(0, 1)

@@ -27,7 +27,6 @@ from torch import nn
 from megatron_vlm.model import linear
 from megatron_vlm.model.full_attention import FullAttention
 from megatron_vlm.model.kernels import PartConfig
-from megatron_vlm.model.linear import ColumnParallelLinear
 from megatron_vlm.model.norm import LayerNorm
 from megatron_vlm.model.pooling import take, visible_slots
 
@@ -76,16 +75,7 @@ class Resampler(MegatronModule):
         super().__init__(config)
         self.tp_group = groups.tp
         self.queries = nn.Parameter(torch.empty(queries, config.hidden_size, dtype=config.params_dtype))
-        if config.perform_initialization:
-            config.init_method(self.queries)
-        self.projection = ColumnParallelLinear(
-            width_in,
-            config.hidden_size,
-            config=config,
-            init_method=config.init_method,
-            gather_output=True,
-            tp_group=groups.tp,
-        )
+        self.projection = linear.gathered(config, width_in, groups.tp)
         layers = [layer_spec(config, groups)] * config.num_layers
         self.block = TransformerBlock(
             config, TransformerBlockSubmodules(layers, LayerNorm), post_layer_norm=True, pg_collection=groups

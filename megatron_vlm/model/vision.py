@@ -136,17 +136,7 @@ class VisionTower(MegatronModule):
             )
             for start, end in self.cuts
         )
-        if config.perform_initialization:
-            self._initialize()
         replicated.mark(self, groups.tp)
-
-    @torch.no_grad()
-    def _initialize(self) -> None:
-        for tensor in (self.patch_embedding.weight, self.position_embedding, self.class_token):
-            if tensor is not None:
-                self.config.init_method(tensor)
-        if self.patch_embedding.bias is not None:
-            self.patch_embedding.bias.zero_()
 
     @property
     def width_out(self) -> int:
