@@ -66,6 +66,11 @@ def own_device(local_rank: int, devices: int) -> int:
     return local_rank if devices > 1 else 0
 
 
+def device_name() -> str:
+    """The name of this process's GPU, or `cpu`."""
+    return "cpu" if cpu.enabled() else torch.cuda.get_device_name()
+
+
 def speaks(error: str) -> bool:
     """Whether this rank should print `error`: rank 0 does, another one only if rank 0 did not fail with the same."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -54,18 +54,16 @@ def write(run: Path, event: Event, facts: dict[str, Any], evidence: Evidence, mo
     """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    path: Path | None = folder / f"step-{event.step:07d}.json"
-    assert path is not None
-    if not path.exists() and len(list(folder.glob("step-*.json"))) >= most:
-        path = None
+    path = folder / f"step-{event.step:07d}.json"
+    dumps = path.exists() or len(list(folder.glob("step-*.json"))) < most
     line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), **asdict(event), "words": event.words}
     with open(folder / EVENTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_plain(line | {"dump": path.name if path else None})) + "\n")
-    if path:
+        file.write(json.dumps(_plain(line | {"dump": path.name if dumps else None})) + "\n")
+    if dumps:
         np.savez(path.with_suffix(".npz"), rows=evidence.rows, losses=evidence.losses, weights=evidence.weights)
         content = {"format": FORMAT, "event": asdict(event), "modules": evidence.norms, **facts}
         path.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
-    return path
+    return path if dumps else None
 
 
 def read(path: Path) -> Dump:

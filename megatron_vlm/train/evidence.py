@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_vlm.model.build import component_of
 from megatron_vlm.parallel import groups
+from megatron_vlm.train import optim
 
 
 @dataclass(frozen=True)
@@ -104,30 +105,23 @@ def _squares(
     of_parameters: the norm of the weights instead.
     """
     squares: dict[str, float] = defaultdict(float)
-    optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optim.own_parts(optimizer)
     for model in models:
         names = _global_names(model)
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad or getattr(parameter, "shared", False):
+            if parameter not in parts or getattr(parameter, "shared", False):
                 continue
             if not param_is_not_tensor_parallel_duplicate(parameter, groups.tensor()):
                 continue
-            for each in optimizers:
-                if parameter not in getattr(each, "model_param_gbuf_map", {}):
-                    continue
-                try:
-                    part = each._get_model_param_range_map(parameter)["param"]
-                except KeyError:
-                    continue  # all of it belongs to other data-parallel ranks
-                scale = 1.0 if of_parameters else scales[component_of(name.removeprefix("module."))]
-                whole = parameter.detach() if of_parameters else parameter.main_grad
-                numbers = whole.view(-1)[part.start : part.end]
-                module = name.rsplit(".", 1)[0]
-                for local, globally in names:
-                    if module == local or module.startswith(f"{local}."):
-                        module = globally + module[len(local) :]
-                        break
-                squares[module.removeprefix("module.")] += numbers.double().square().sum().item() / scale**2
+            scale = 1.0 if of_parameters else scales[component_of(name.removeprefix("module."))]
+            whole = parameter.detach() if of_parameters else parameter.main_grad
+            numbers = whole.view(-1)[parts[parameter]]
+            module = name.rsplit(".", 1)[0]
+            for local, globally in names:
+                if module == local or module.startswith(f"{local}."):
+                    module = globally + module[len(local) :]
+                    break
+            squares[module.removeprefix("module.")] += numbers.double().square().sum().item() / scale**2
     return dict(squares)
 
 

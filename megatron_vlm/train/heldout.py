@@ -10,8 +10,7 @@ from megatron_vlm.batch import Batch
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.faults import Fault
-from megatron_vlm.data.loader import Loader, Share
-from megatron_vlm.data.loader import Step as Fetched
+from megatron_vlm.data.loader import Loader, Share, Step
 from megatron_vlm.train import faults
 from megatron_vlm.train.step import Stepper
 
@@ -47,7 +46,7 @@ def open_loader(config: Config, share: Share) -> Loader:
         ) from error
 
 
-def _micro_batches(steps: Iterator[Fetched], unread: list[Fault]) -> Iterator[tuple[Batch, ...]]:
+def _micro_batches(steps: Iterator[Step], unread: list[Fault]) -> Iterator[tuple[Batch, ...]]:
     """Those of each step; what the steps lack is added to `unread`."""
     for step in steps:
         unread += step.skipped

@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint.agree import together
@@ -19,7 +18,7 @@ from megatron_vlm.checkpoint.directory import room
 from megatron_vlm.checkpoint.saver import Saver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.faults import Fault
-from megatron_vlm.data.loader import Step as Fetched
+from megatron_vlm.data.loader import Step
 from megatron_vlm.model import attention_kernels, kernels
 from megatron_vlm.parallel import process
 from megatron_vlm.parallel.layout import Layout
@@ -124,15 +123,15 @@ class Turn:
     """On the clock of time.perf_counter; so the next two."""
     data: dict[str, Any]
     """The loader's state before its rows."""
-    fetched: Fetched
+    fetched: Step
     waited_s: float
-    """For them."""
+    """For `fetched`."""
     took_s: float = 0.0
     """From `began` to the end of the step."""
 
 
 class Run:
-    """Who works on the state of a run: what the loop calls. All of it is collective."""
+    """What the loop does to the state of a run. Every method is collective."""
 
     def __init__(self, config: Config, layout: Layout, progress: Progress, watch: Watch, watched: ExitStack) -> None:
         """`watched`: takes up the watchdog."""
@@ -217,13 +216,13 @@ class Run:
             self._reporter.step(record, ledger)
 
     def log_norms(self, outcome: Outcome) -> None:
-        """Of each module."""
+        """Gradient and weight norm of each module."""
         norms = self._stepper.module_norms(outcome)
         if self._reporter:
             self._reporter.norms(self.state.progress.step, norms)
 
     def log_shadow(self, turn: Turn) -> None:
-        """Of each decoder layer."""
+        """How far each decoder layer in FP8 is from bf16."""
         errors = shadow.errors(self._stepper, turn.fetched.micro_batches)
         if self._reporter:
             self._reporter.shadow(self.state.progress.step, errors)
@@ -271,12 +270,11 @@ class Run:
 
 def _reporter(config: Config, layout: Layout, start: resume.Start) -> Reporter:
     """The run directory made ready, its first line said. For rank 0."""
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
     facts = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "start_step": start.step,
         "layout": {name: getattr(layout, name) for name in ("world", "tensor", "context", "pipeline", "data")},
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": process.device_name(),
     }
     made = Reporter(directory.prepare(config, start.step, facts), config, start.step)
     made.say(start.words)

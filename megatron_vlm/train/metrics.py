@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_vlm import cost
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.loader import Step as Fetched
+from megatron_vlm.data.loader import Step
+from megatron_vlm.parallel import process
 from megatron_vlm.train import faults
 from megatron_vlm.train.step import Outcome
 
 
-def record(step: int, fetched: Fetched, outcome: Outcome) -> dict[str, Any]:
+def record(step: int, fetched: Step, outcome: Outcome) -> dict[str, Any]:
     """What metrics.jsonl says about the step, speed not included."""
     return {
         "step": step,
@@ -40,8 +40,7 @@ def record(step: int, fetched: Fetched, outcome: Outcome) -> dict[str, Any]:
 def speed(config: Config, outcome: Outcome, step_time_s: float, waited_s: float) -> dict[str, Any]:
     """Times, model FLOP/s of all ranks together, and the share of the devices' peak (null where it is not known)."""
     flops = cost.training(presets.architecture(config.model), outcome.work, config.model.freeze)
-    cuda = torch.cuda.is_available() and config.run.device != "cpu"
-    peak = cost.peak_flops(torch.cuda.get_device_name()) if cuda else None
+    peak = cost.peak_flops(process.device_name())
     per_second = flops / step_time_s
     return {
         "step_time_s": step_time_s,
@@ -51,7 +50,7 @@ def speed(config: Config, outcome: Outcome, step_time_s: float, waited_s: float)
     }
 
 
-def ledger(fetched: Fetched) -> dict[str, Any]:
+def ledger(fetched: Step) -> dict[str, Any]:
     """Which samples the step had, without its number."""
     return {
         "window": fetched.window,

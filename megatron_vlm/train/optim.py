@@ -162,6 +162,17 @@ def _named_groups(optimizer: MegatronOptimizer) -> Iterator[tuple[str, dict[str,
         yield names[group["lr_mult"]], group
 
 
+def own_parts(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, slice]:
+    """Of each parameter that trains, flattened: the numbers whose reduced gradient lies on this data-parallel rank."""
+    parts = {}
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for parameter in getattr(each, "model_param_gbuf_map", {}):
+            with contextlib.suppress(KeyError):  # all of it belongs to other ranks
+                part = each._get_model_param_range_map(parameter)["param"]
+                parts[parameter] = slice(part.start, part.end)
+    return parts
+
+
 @torch.no_grad()
 def clip(optimizer: MegatronOptimizer, config: Config) -> dict[str, float]:
     """Scale the gradients to the largest norms that `config.optim` allows; gives the norms before, of `reported`.

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_vlm.model import state
 from megatron_vlm.parallel import groups
+from megatron_vlm.train import optim
 from megatron_vlm.train.parity import Pieces
 
 
@@ -48,19 +49,11 @@ def _pieces(models: Iterable[Any], value: Callable[[torch.nn.Parameter], torch.T
 
 def _whole_gradients(models: Iterable[Any], optimizer: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
     """The distributed optimizer leaves each data-parallel rank a part of each gradient: put them together."""
-    own = {}
-    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for parameter in getattr(each, "model_param_gbuf_map", {}):
-            own[parameter] = each
-    whole = {}
+    parts, whole = optim.own_parts(optimizer), {}
     for parameter in (p for model in models for p in model.parameters() if p.requires_grad):
         flat = torch.zeros(parameter.numel(), device=parameter.device)
-        if parameter in own:
-            try:
-                part = own[parameter]._get_model_param_range_map(parameter)["param"]
-                flat[part.start : part.end] = parameter.main_grad.view(-1)[part.start : part.end]
-            except KeyError:
-                pass  # all of it belongs to other ranks
+        if parameter in parts:
+            flat[parts[parameter]] = parameter.main_grad.view(-1)[parts[parameter]]
         dist.all_reduce(flat, group=groups.data_and_context())
         whole[parameter] = flat.view_as(parameter)
     return whole

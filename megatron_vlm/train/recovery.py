@@ -9,7 +9,7 @@ from megatron_vlm.checkpoint import load as checkpoints
 from megatron_vlm.checkpoint.agree import together
 from megatron_vlm.config import load
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.loader import Step as Fetched
+from megatron_vlm.data.loader import Step
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.train import directory, dump
 from megatron_vlm.train.reporter import Reporter
@@ -26,7 +26,7 @@ def keep(
     config: Config,
     layout: Layout,
     stepper: Stepper,
-    fetched: Fetched,
+    fetched: Step,
     outcome: Outcome,
     data: dict[str, Any],
     reporter: Reporter | None,

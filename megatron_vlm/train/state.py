@@ -11,8 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlm.config import presets
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.loader import Loader, Share
-from megatron_vlm.data.loader import Step as Fetched
+from megatron_vlm.data.loader import Loader, Share, Step
 from megatron_vlm.model.build import build
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.train import directory, heldout, optim, resume, scoring
@@ -44,7 +43,7 @@ class Progress:
         here = directory.environment() if dist.get_rank() == 0 else {}
         self.facts = {"stages": start.stages, "environment": here}
 
-    def count(self, fetched: Fetched, outcome: Outcome) -> None:
+    def count(self, fetched: Step, outcome: Outcome) -> None:
         """A step is done."""
         self.step += 1
         self.counters["skipped_steps"] += not outcome.applied

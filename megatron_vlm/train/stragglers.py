@@ -9,6 +9,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.parallel import cpu
 from megatron_vlm.train.pulse import PHASES, Pulse
 
 #: Work of a rank's own. Who is fast spends the rest of the interval in the others, waiting.
@@ -35,7 +36,7 @@ def gather(pulse: Pulse) -> list[Times]:
 
 def _memory_bytes() -> int:
     """The most that tensors took on the GPU so far; on a CPU, what the process takes now."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return psutil.Process().memory_info().rss if cpu.enabled() else torch.cuda.max_memory_allocated()
 
 
 def busy(times: Times) -> float:

@@ -76,6 +76,16 @@ def test_a_straggler_is_named_with_what_it_does():
     assert told["slowest"][0] == {"rank": 1, **late} and told["median_s"]["data"] == pytest.approx(1.55)
 
 
+def test_memory_of_a_run_on_the_cpu_of_a_gpu_machine_is_that_of_the_process(one_rank, monkeypatch):
+    from megatron_vlm.train import stragglers
+    from megatron_vlm.train.pulse import Pulse
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    (mine,) = stragglers.gather(Pulse())
+    assert mine["memory_gb"] > 0.1
+
+
 def test_chosen_steps_are_traced(tmp_path, one_rank):
     from megatron_vlm.train.trace import traced
 
