@@ -8,7 +8,6 @@ import signal
 import threading
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from types import FrameType
 
 import torch
@@ -17,6 +16,7 @@ import torch.multiprocessing  # noqa: F401  (teaches multiprocessing to pass ten
 from megatron_vlm.batch import Batch
 from megatron_vlm.data.collate import Collator, MicroBatch
 from megatron_vlm.data.faults import Fault
+from megatron_vlm.data.parent import end_with_parent
 
 #: Threads that decode images side by side where there are no worker processes.
 THREADS = 4
@@ -90,20 +90,12 @@ def _leave_later(number: int, frame: FrameType | None) -> None:
 
 def _start(collator: Collator) -> None:
     global _collator
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_later)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_THE_TRAINER)
     torch.set_num_threads(1)
     _collator = collator
-
-
-def _end_with_parent() -> None:
-    """A trainer that is killed cannot stop its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _made(micro_batch: MicroBatch) -> Made:

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -57,11 +59,22 @@ def parquet(rows: list[dict[str, object]]) -> bytes:
     return stream.getvalue()
 
 
-def run(server: Server, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(server: Server, out: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "HF_ENDPOINT": server.address, "PYTHONPATH": str(ROOT), "HF_TOKEN": "secret-word"}
     command = [sys.executable, "tools/download_data.py", "--out", str(out), "--backoff-seconds", "0.01",
                "--stall-seconds", "0.5", "--attempts", "2", "--per-host", "0", *arguments]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(server: Server, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    with start(server, out, *arguments) as process:
+        try:
+            told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, *told)
 
 
 def row(url: str, sha256: str = "") -> dict[str, object]:
@@ -110,6 +123,78 @@ def test_a_data_set_arrives_and_what_is_missing_is_told(server: Server, tmp_path
     assert len([path for path, _ in server.requests if path in ("/0", "/1", "/2")]) == asked_before
     (report,) = json.loads((tmp_path / "out/report.json").read_text())
     assert report["fetched"] == 0 and report["present"] == 3
+
+
+def test_a_download_that_is_killed_goes_on(server: Server, tmp_path: Path) -> None:
+    """Killed in the middle of the annotations, then of a picture: nothing stands half under its name, what is there is
+    not asked for again, and of the picture only the rest."""
+    out, ended, halves = tmp_path / "out", threading.Event(), threading.Semaphore(0)
+    bodies = [bytes([number]) * 200_000 for number in range(3)]
+    rows = parquet([row(f"{server.address}/{number}", hashlib.sha256(body).hexdigest())
+                    for number, body in enumerate(bodies)])  # fmt: skip
+    annotations = "data/train-00000-of-00001.parquet"
+    hold(server, "allenai/pixmo-ask-model-anything", {annotations: rows})
+    sent: list[tuple[str, int]] = []
+
+    def half_then_rest(body: bytes, **headers: str) -> Callable[[BaseHTTPRequestHandler, int], None]:
+        """A first answer that stops in the middle until `ended`, if it is asked for the whole; else what is asked."""
+        stopped: list[bool] = []
+
+        def answer(handler: BaseHTTPRequestHandler, _: int) -> None:
+            first = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+            status = 206 if first else 200
+            told = {**headers, "Content_Range": f"bytes {first}-{len(body) - 1}/{len(body)}"} if first else headers
+            if handler.command == "HEAD" or stopped:
+                sent.append((handler.path, len(body) - first if handler.command == "GET" else 0))
+                send(handler, status, body[first:], **told)
+                return
+            stopped.append(True)
+            send(handler, 200, body[: len(body) // 2], **{**headers, "Content_Length": str(len(body))})
+            handler.wfile.flush()
+            halves.release()
+            ended.wait(120)
+            handler.close_connection = True
+
+        return answer
+
+    hub = f"/datasets/allenai/pixmo-ask-model-anything/resolve/{COMMIT}/{annotations}"
+    server.answers[hub] = half_then_rest(rows, ETag=f'"{hashlib.sha1(rows).hexdigest()}"', X_Repo_Commit=COMMIT)
+    for number, body in enumerate(bodies):
+        server.answers[f"/{number}"] = lambda handler, _, body=body: send(handler, 200, body)
+    server.answers["/1"] = half_then_rest(bodies[1], ETag='"one"')
+    asked = ["--datasets", "pixmo_ask_model_anything", "--allow-private-addresses", "--connections", "1",
+             "--stall-seconds", "120"]  # fmt: skip
+    table = out / "annotations/allenai--pixmo-ask-model-anything" / annotations
+    pictures = [out / stored_name(f"{server.address}/{number}") for number in range(3)]
+    part = pictures[1].with_name(f"{pictures[1].name}.part")
+
+    def kill(come: Callable[[], bool]) -> list[Path]:
+        """Start, kill when half of a file has come; which files stand there under their names."""
+        with start(server, out, *asked) as process:
+            assert halves.acquire(timeout=120)
+            while not come():
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+        return [path for path in (table, *pictures) if path.exists()]
+
+    assert kill(lambda: any(out.rglob("*.incomplete"))) == []
+    assert kill(lambda: part.exists() and part.stat().st_size == 100_000) == [table, pictures[0]]
+    assert table.read_bytes() == rows and pictures[0].read_bytes() == bodies[0]
+    place, before = part.stat().st_ino, len(server.requests)
+    ended.set()
+    done = run(server, out, *asked)
+    assert done.returncode == 0, done.stderr
+    assert [path.read_bytes() for path in (table, *pictures)] == [rows, *bodies]
+    assert pictures[1].stat().st_ino == place, "what had come was gone on with, and got its name whole"
+    assert sorted(path.name for path in (out / "media").rglob("*") if path.is_file()) == sorted(
+        path.name for path in pictures
+    )
+    media = [path for path, _ in server.requests[before:] if path in ("/0", "/1", "/2")]
+    assert media == ["/1", "/2"] and ("/1", 100_000) in sent
+    assert not any(path == hub and headers for path, headers in server.requests[before:] if "Range" in headers)
+    (report,) = json.loads((out / "report.json").read_text())
+    assert (report["wanted"], report["present"], report["fetched"]) == (3, 1, 2) and not report["missing"]
 
 
 def test_private_addresses_are_refused_without_the_flag(server: Server, tmp_path: Path) -> None:

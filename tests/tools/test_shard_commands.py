@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +16,12 @@ import yaml
 from megatron_vlm.data import mixture
 from megatron_vlm.data.sets.source import stored_name
 from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.verify import verify
 from tests.data.sets.published import WEB, rows
 from tests.data.sets.test_table import picture, write
 from tools import build_shards
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -55,6 +62,48 @@ def test_downloaded_sets_become_shards(downloads: Path, tmp_path: Path, capsys: 
                            "--mixture", "sample"])  # fmt: skip
     with pytest.raises(SystemExit, match="did you mean pixmo_cap"):
         build_shards.main(["dataset", "pixmo_capp", "--source", str(downloads), "--out", str(tmp_path / "x")])
+
+
+#: The command with its arguments, killed when the n-th sample has been handed to a writer.
+KILLED = """
+import os, signal, sys
+from megatron_vlm.data.writer import ShardWriter
+from tools import build_shards
+
+add, left = ShardWriter.add, int(sys.argv[1])
+def last(*arguments):
+    global left
+    add(*arguments)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+ShardWriter.add = last
+build_shards.main(sys.argv[2:])
+"""
+
+
+def test_a_build_that_is_killed_goes_on(downloads: Path, tmp_path: Path) -> None:
+    """Killed in the second of three parts, then while they are put together: nothing stands half under its name, what
+    was whole is not made again, and the shards are those of a build that was never stopped."""
+    out, work = tmp_path / "shards", tmp_path / "shards.work"
+    command = ["dataset", "pixmo_cap", "cosyn_point", "tulu4", "--source", str(downloads), "--workers", "1"]
+
+    def kill(samples: int) -> dict[str, int]:
+        """The parts that are whole then, and what tells one directory from another."""
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(samples), *command, "--out", str(out)],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL and not out.exists(), done.stderr
+        parts = [path for path in (work / "units").iterdir() if ".partial" not in path.name]
+        assert [fault for path in parts for fault in verify(path)] == []
+        return {path.name: path.stat().st_ino for path in parts}
+
+    first, all_parts = kill(4), kill(6)
+    assert list(first) == ["pixmo_cap.train.000000"] and len(all_parts) == 3
+    assert all_parts.items() >= first.items(), "what was whole is kept"
+    assert dataset(downloads, out).hash == dataset(downloads, tmp_path / "whole").hash
+    assert not work.exists()
 
 
 def test_shards_go_out_and_come_back(downloads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from megatron_vlm.data.digests import Digests
 from megatron_vlm.data.example import Example, Media
+from megatron_vlm.data.parent import end_with_parent
 from megatron_vlm.data.sets.table import find
 from megatron_vlm.data.sets.units import LEFT_OUT, Places, Unit, build_unit, lines, spread, units
 from megatron_vlm.data.shards import Shards
@@ -135,7 +136,8 @@ def _run(tasks: list[tuple[Any, ...]], function: Callable[..., None], workers: i
             return
         # Not forked: Arrow and the decoders have threads of their own.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context) as pool:
+        # Nobody may work on the parts of a build that was killed: the next one makes them.
+        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=end_with_parent) as pool:
             futures = [pool.submit(function, *task) for task in tasks]
             try:
                 for future in as_completed(futures):

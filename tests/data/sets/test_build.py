@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_vlm.data.example import Points, to_json
@@ -227,6 +231,43 @@ def test_names_that_leave_the_folder_are_refused(downloads: Path, tmp_path: Path
     result = build(["doc_qa"], downloads, tmp_path / "out", max_left_out=0.9)
     assert result.left_out["doc_qa"] == {"unsound": 1}
     assert words in (tmp_path / "out" / units.LEFT_OUT).read_text()
+
+
+#: Two processes that write their numbers into a folder and then work for long.
+WORKING = """
+import sys
+from megatron_vlm.data.sets import build
+from tests.data.sets import test_build
+if __name__ == "__main__":
+    build._run([(sys.argv[1],)] * 2, test_build.work_long, 2, "samples")
+"""
+
+
+def work_long(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(120)
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_build_that_is_killed(tmp_path: Path) -> None:
+    """Or they would go on with the parts that the next build makes."""
+    script, marks = tmp_path / "working.py", tmp_path / "marks"
+    script.write_text(WORKING)
+    marks.mkdir()
+    root = Path(__file__).parents[3]
+    with subprocess.Popen(
+        [sys.executable, script, marks], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    ) as one:
+        deadline = time.monotonic() + 120
+        while len(found := list(marks.iterdir())) < 2:
+            assert one.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        one.kill()
+    processes = [int(path.name) for path in found]
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, processes)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def die(number: int) -> None:
