@@ -35,7 +35,7 @@ def prefix_tokens(layouts: tuple[Layout, ...], tokenizer: Tokenizer) -> tuple[np
 def with_room(layout: VideoLayout, max_tokens: int, tokenizer: Tokenizer) -> VideoLayout:
     """With as many lines of subtitles as leave room in a row of `max_tokens` for a question and its answer."""
     frames = sum(len(piece) for piece in _video(dataclasses.replace(layout, subtitles=""), tokenizer))
-    room = int(max_tokens * LARGEST_PREFIX) - frames
+    room = int(max_tokens * LARGEST_PREFIX) - 1 - frames  # 1 = BOS
     title, *lines = layout.subtitles.splitlines(keepends=True)
     sizes = np.cumsum(list(map(len, tokenizer.encode_all(lines))))
     kept = int(np.searchsorted(sizes, room - len(tokenizer.encode(title)), side="right"))

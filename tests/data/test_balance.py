@@ -1,11 +1,16 @@
 """Rows to ranks: as many for each, and about as much work."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from megatron_vlm.batch import PREFIX_BRANCH
+from megatron_vlm.config.geometry import VideoLayout, frame_layout, image_geometry, image_layout
 from megatron_vlm.config.presets import PRESETS
 from megatron_vlm.cost import Work, forward
-from megatron_vlm.data.balance import attention_pairs, deal, row_cost
+from megatron_vlm.data.balance import attention_pairs, deal, row_cost, sample_work
+from megatron_vlm.data.tree import nothing
 
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (1, 8), (4, 2), (8, 1), (16, 4)])
@@ -36,6 +41,25 @@ def test_costs_are_those_of_the_cost_module():
     whole = forward(arch, Work(4096, 3000, 50, 11, 981, 4329))
     assert row_cost(arch, 4096, [one, other]) == whole.vision + whole.connector + whole.language
     assert row_cost(arch, 4096, []) == forward(arch, Work(4096, 0, 0, 0, 0, 0)).language
+
+
+def test_the_work_of_a_sample_is_that_of_its_windows_and_branches():
+    """An image pooled 2x2, a video pooled 3x3; two branches behind a prefix of 6 tokens, 4 of them in blocks."""
+    geometry = image_geometry(PRESETS["molmo2_4b"], 8)
+    image, video = image_layout(640, 480, geometry), VideoLayout((0.0, 0.5), 0.0, frame_layout(geometry))
+    branches = np.asarray([PREFIX_BRANCH] * 6 + [0] * 3 + [1] * 2, dtype=np.int32)
+    content = dataclasses.replace(
+        nothing(),
+        branches=branches,
+        is_vision=np.asarray([False] + [True] * 4 + [False] * 6),
+        loss_weights=np.asarray([0, 0, 0, 0, 0, 0, 0, 1, 2, 0, 1], dtype=np.float32),
+        layouts=(image, video),
+    )
+    crops, windows, slots = image.crops + 2, image.placeholders + 2 * 81, 4 * image.placeholders + 9 * 2 * 81
+    assert sample_work(content, geometry) == Work(0, attention_pairs(6, 4, [3, 2]), 3, crops, windows, slots)
+    resampler = dataclasses.replace(geometry, queries=5)
+    found = sample_work(content, resampler)
+    assert (found.crops, found.windows, found.slots) == (crops, crops, crops * 729)
 
 
 @pytest.mark.parametrize(

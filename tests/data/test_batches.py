@@ -58,6 +58,15 @@ def test_one_data_set_is_sorted_by_cost_alone() -> None:
     assert sum(spreads) < 1.6 * np.ptp(costs)
 
 
+def test_batches_hold_about_as_many_samples() -> None:
+    """Sorted by cost alone, one would hold a third of the usual number, where each sample costs the same."""
+    counts = np.random.default_rng(0).integers(1, 9, 64)
+    samples = np.stack([counts, 0 * counts], axis=1)
+    order = arrange((1000 * counts).tolist(), samples, (1.0, 0.0), (0, 1), [16] * 4, 8, random.Random(0))
+    held = counts[order].reshape(4, 16).sum(axis=1)
+    assert (abs(held / held.mean() - 1) < 0.5).all()
+
+
 @pytest.mark.parametrize("sizes", [[64], [40, 24]])
 def test_too_little_to_tell_leaves_rows_where_they_are(sizes: list[int]) -> None:
     costs, samples = window(64, 3)

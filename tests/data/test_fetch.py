@@ -59,6 +59,7 @@ def test_a_truncated_file_is_gone_on_with(server: Server, tmp_path: Path) -> Non
     fetch(server, tmp_path / "file", cut_then_rest)
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.requests[1][1]["Range"] == "bytes=100000-"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_download_that_was_killed_is_gone_on_with(server: Server, tmp_path: Path) -> None:

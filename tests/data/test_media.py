@@ -92,6 +92,16 @@ def test_frames_are_what_is_on_the_screen(shards):
             assert np.array_equal(part, crops[start:stop])
 
 
+def test_frames_that_stay_on_the_screen_are_shown_again(shards):
+    """Three moments of one frame, after those of another one."""
+    example = shards.example("videos", "train", 0)
+    (layout,) = media_layouts(example, SETTINGS)
+    several = dataclasses.replace(layout, times=(0.0, 0.5, 0.51, 0.52))
+    apart = dataclasses.replace(layout, times=(0.0, 0.5))
+    crops, two = (read_crops(shards, example.media[0].key, one, GEOMETRY, name="x") for one in (several, apart))
+    assert not np.array_equal(two[0], two[1]) and np.array_equal(crops, two[[0, 1, 1, 1]])
+
+
 def row(shards, *places: tuple[str, int]) -> Row:
     samples = []
     for source, place in places:

@@ -45,9 +45,19 @@ def test_the_millionth_window_is_as_near_as_the_first():
 
 def test_visits_have_different_orders():
     only = MixtureOrder(("a",), (20,), (1.0,), 0)
-    visits = [[draw.place for draw in only.window(visit, 20)] for visit in range(3)]
+    # Windows of one draw: a longer one is shuffled anew.
+    visits = [[only.window(20 * visit + number, 1)[0].place for number in range(20)] for visit in range(3)]
     assert all(sorted(visit) == list(range(20)) for visit in visits)
     assert len(set(map(tuple, visits))) == 3
+
+
+def test_data_sets_of_one_size_have_orders_and_phases_of_their_own():
+    twins = MixtureOrder(tuple("abcdefgh"), (20,) * 8, (1 / 8,) * 8, 0)
+    windows = [twins.window(number, 1) for number in range(160)]
+    orders = [[draw.place for draws in windows for draw in draws if draw.source == source] for source in range(8)]
+    assert len(set(map(tuple, orders))) == 8
+    # With one phase, eight data sets would be drawn from at once, and then none for seven windows.
+    assert max(map(len, windows)) < 8 and sum(map(bool, windows)) > 80
 
 
 def test_one_pass_has_every_sample_once_and_ends():
@@ -60,3 +70,4 @@ def test_one_pass_has_every_sample_once_and_ends():
     # While no set is used up, the rates are the mixture's.
     first = [draw.source for draw in draws[:40]]
     assert [first.count(source) for source in range(3)] == [24, 12, 4]
+    assert sorted(first[:4]) == [0, 0, 0, 1], "from the first draw on"

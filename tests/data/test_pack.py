@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_vlm.data import pack as pack_module
 from megatron_vlm.data.pack import lower_bound, pack
 
 
@@ -44,6 +45,23 @@ def test_room_of_two_rows_becomes_the_room_of_one():
     assert sorted(sorted(crops[sample] for sample in row) for row in rows) == [[4, 46, 50], [48, 52]]
 
 
+@pytest.mark.parametrize("needed", range(1002, 1030))
+def test_the_fewest_rows_that_do(needed, monkeypatch):
+    """The number of rows is doubled beyond what is needed, then halved back."""
+
+    class Filling:
+        def __init__(self, sizes, budget, rows):
+            self.rows, self.placed = rows, np.arange(rows)
+
+        def complete(self):
+            return self.rows >= needed
+
+    monkeypatch.setattr(pack_module, "_Filling", Filling)
+    assert len(pack_module._fewest(np.zeros((1, 2)), np.ones(2), 1000)) == needed
+
+
 def test_a_sample_larger_than_a_row_is_named():
     with pytest.raises(ValueError, match="sample 1 of the window has 101 tokens and 0 crops; a row holds 100 and 8"):
         pack([5, 101], [0, 0], 100, 8)
+    with pytest.raises(ValueError, match="sample 0 of the window has 5 tokens and 9 crops"):
+        pack([5, 100], [9, 0], 100, 8)

@@ -155,3 +155,18 @@ def test_another_identity_has_other_files(folder, tmp_path) -> None:
         for change in ({}, {"seed": 2}, {"sequence_length": 8})
     }
     assert len(names) == 3
+
+
+@pytest.mark.parametrize("changed", ["data/pack.py", "data/sets/group.py", "config/geometry.py", "cost.py"])
+def test_other_code_has_other_files(tmp_path, monkeypatch, changed) -> None:
+    """A plan of an older version is another plan."""
+    root = Path(plan_cache.__file__).parents[1]
+    for name in ("config", "data"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "cost.py", tmp_path)
+    before = plan_cache.digest({"seed": 1})
+    monkeypatch.setattr(plan_cache, "__file__", str(tmp_path / "data/plan_cache.py"))
+    assert plan_cache.digest({"seed": 1}) == before, "wherever the code lies"
+    with (tmp_path / changed).open("a") as code:
+        code.write("\n")
+    assert plan_cache.digest({"seed": 1}) != before

@@ -33,6 +33,7 @@ TWO = answer((1, 0.388, 0.512), (1, 0.103, 0.54))
         (answer((7, 0.5, 0.5), (2.54, 0.12, 0.455)), "pointing", {"seconds": True},
          '<points coords="2.5 1 120 455;7.0 2 500 500">cups</points>'),
         (answer((1, 0.0, 1.0)), "pointing", {}, '<points coords="1 1 000 1000">cups</points>'),
+        (answer((1, 0.1237, 0.1232)), "pointing", {}, '<points coords="1 1 124 123">cups</points>'),
         # Sorted by the rounded numbers: 0.10049 and 0.1001 are both 100.
         (answer((1, 0.10049, 0.1), (1, 0.1001, 0.9)), "pointing", {},
          '<points coords="1 1 100 100 2 100 900">cups</points>'),

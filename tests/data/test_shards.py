@@ -36,6 +36,7 @@ def built(tmp_path_factory):
                 data = picture(rng, size=(8, 9))
                 media = writer.add_image(data)
                 files[media.key] = data
+            assert writer.add_image(data) == media, "stored once, however often it is added"
             writer.add(sample(f"s/{number}", media), "captions", "train" if number < 290 else "test")
         writer.add(sample("t"), "text", "train")
         writer.add_file("tokenizer.json", b"{}")
@@ -60,7 +61,7 @@ def test_reads_what_was_written(built):
         assert (example.media[0].width, example.media[0].height) == (8, 9)
     assert shards.keys("captions", "test") == [f"s/{number}" for number in range(290, 300)]
     assert all(shards.media(key) == data for key, data in files.items())
-    assert shards.manifest["media"]["count"] == len(files) == 225
+    assert shards.manifest["media"]["count"] == len(files) == 225, "the same file again is stored once"
     assert shards.file("tokenizer.json").read_bytes() == b"{}"
     assert verify(folder) == []
 

@@ -109,6 +109,10 @@ def test_molmo2_image_block():
     names = [TOKENIZER.decode([number]) for number in found.tokens[1:753]]
     row = ["<im_patch>"] * 23 + ["<im_col>"]
     assert names == ["<low_res_im_start>"] + ["<im_patch>"] * 196 + ["<im_end>", "<im_start>"] + row * 23 + ["<im_end>"]
+    wide = tokenize(Example("a", (qa("q", "cat"),), (Media("0" * 64, 900, 300),)), "d", 0, settings)
+    down, across = wide.layouts[0].high_grid
+    shown = TOKENIZER.decode(wide.tokens[wide.is_vision])
+    assert down < across and f"<im_start>{('<im_patch>' * across + '<im_col>') * down}<im_end>" in shown
 
 
 def test_literal_names_in_a_caption_stay_text():
@@ -172,12 +176,36 @@ def test_branches_beyond_the_row_are_dropped_before_weights():
     assert all((found.loss_weights[found.branches == branch] > 0).any() for branch in range(kept))
 
 
+def test_what_has_a_place_has_something_to_learn():
+    """At every length of row around those at which the question, the answer or a branch just fits."""
+    example = Example("a", tuple(qa(str(number), "1" * 3) for number in range(3)))
+    whole = tokenize(example, "d", 0, SETTINGS)
+    refused, kept = [], []
+    for room in range(2, len(whole.tokens) + 1):
+        settings = dataclasses.replace(SETTINGS, max_tokens=room)
+        try:
+            found = tokenize(example, "d", 0, settings)
+        except ValueError as error:
+            assert "Raise data.sequence_length" in str(error)
+            refused.append(room)
+            continue
+        learned = [bool(found.loss_weights[found.branches == branch].any()) for branch in range(3)]
+        kept.append(sum(learned))
+        assert learned == [number < sum(learned) for number in range(3)] and found.dropped_branches == 3 - sum(learned)
+        assert set(found.branches.tolist()) - {PREFIX_BRANCH} == set(range(sum(learned)))
+    first = int(np.flatnonzero(whole.loss_weights)[0])
+    assert refused == list(range(2, first + 1)) and kept == sorted(kept) and set(kept) == {1, 2, 3}
+    starts = [int(np.flatnonzero((whole.branches == branch) & (whole.loss_weights > 0))[0]) for branch in range(3)]
+    assert [kept.count(number) for number in (1, 2)] == [starts[1] - starts[0], starts[2] - starts[1]]
+
+
 def test_images_that_leave_no_room_are_refused():
     example = Example("a", (qa("q", "cat"),), (PHOTO,))
     with pytest.raises(ValueError, match="sample d/a: its images take .* rows of 40"):
         tokenize(example, "d", 0, dataclasses.replace(SETTINGS, max_tokens=40))
-    with pytest.raises(ValueError, match="sample d/a has 5 crops; a row holds 2"):
-        tokenize(example, "d", 0, dataclasses.replace(SETTINGS, max_crops=2))
+    with pytest.raises(ValueError, match="sample d/a has 5 crops; a row holds 4"):
+        tokenize(example, "d", 0, dataclasses.replace(SETTINGS, max_crops=4))
+    assert tokenize(example, "d", 0, dataclasses.replace(SETTINGS, max_crops=5)).crops == 5
 
 
 def test_choices_are_keyed():

@@ -105,6 +105,11 @@ def test_subtitles_leave_room_for_the_answer():
     found = tokenize(film(clip=Clip(subtitles=lines)), "d", 0, settings)
     prefix = int((found.branches == PREFIX_BRANCH).sum())
     assert 400 < prefix <= 512 * 7 // 8 and found.loss_weights.sum() == len(TOKENIZER.encode("a red cat")) + 1
+    # As many lines as there is room for, to the token.
+    line = len(TOKENIZER.encode("0.0 - 1.0 the red cat sits on the blue box\n"))
+    for most in range(512, 512 + 2 * line):
+        shorter = tokenize(film(clip=Clip(subtitles=lines)), "d", 0, dataclasses.replace(SETTINGS, max_tokens=most))
+        assert most * 7 // 8 - line < int((shorter.branches == PREFIX_BRANCH).sum()) <= most * 7 // 8
     every = tokenize(film(clip=Clip(subtitles=lines)), "d", 0, dataclasses.replace(SETTINGS, max_tokens=50_000))
     assert every.cut_tokens == 0 and found.cut_tokens == len(every.tokens) - len(found.tokens)
 

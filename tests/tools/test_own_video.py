@@ -117,6 +117,7 @@ def test_lines_become_tokens_with_their_times_and_subtitles(folder: Path) -> Non
         ),
         ({"video_path": "v.mp4", "label": "a", "tracks": [[]], "rate": 2}, "for each object"),
         ({"video_path": "v.mp4", "label": "a", "tracks": [[[1, 2, 1], [1, 2, 0.5]]], "rate": 2}, "sort by time"),
+        ({"video_path": "v.mp4", "label": "a", "tracks": [[[1, 2, 1], [3, 2, 1]]], "rate": 2}, "sort by time"),
         ({"image_path": "red.png", "label": "a", "tracks": BALL}, "tracks need a video_path"),
         ({"image_path": "red.png", "caption": "x", "start": 1.0}, "start need a video_path"),
         ({"video_path": "v.mp4", "caption": "x", "start": 4.0}, "lies outside the video"),
