@@ -59,7 +59,7 @@ AT_LEAST: dict[str, float] = {
     "guard.norm_deviations": 1,
     "log.every": 1,
 }
-#: What a checkpoint remembers of the data beside settings (see data/loader.py).
+#: What a checkpoint remembers of the data beside settings (see data/identity.py).
 DATA_NAMES = ("manifest", "mixture", "tokenizer", "split", "geometry", "videos", "balance", "high_resolution_crops")
 #: Probabilities, shares and decay rates: less than 1.
 BELOW_ONE = (

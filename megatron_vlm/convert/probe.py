@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_vlm.batch import PAD, PREFIX_BRANCH, Batch
+from megatron_vlm.batch import PREFIX_BRANCH, Batch
 from megatron_vlm.config.architecture import VISION_TOKENS, Architecture
 from megatron_vlm.config.geometry import (
     ImageGeometry,
@@ -119,8 +119,6 @@ def packed(arch: Architecture, chosen: Sequence[Sample]) -> tuple[Batch, torch.T
     positions: list[int] = []
     branches: list[int] = []
     examples: list[int] = []
-    windows, patches = [], 0
-    width = max(sample.windows.shape[1] for sample in chosen)
     for number, sample in enumerate(chosen):
         start = len(sample.prefix)
         for branch, ids in [(PREFIX_BRANCH, sample.prefix), *enumerate(sample.branches)]:
@@ -128,11 +126,9 @@ def packed(arch: Architecture, chosen: Sequence[Sample]) -> tuple[Batch, torch.T
             positions += range(start, start + len(ids)) if branch != PREFIX_BRANCH else range(len(ids))
             branches += [branch] * len(ids)
         examples += [number] * (len(tokens) - len(examples))
-        table = np.where(sample.windows == PAD, PAD, sample.windows + patches)
-        windows.append(np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=PAD))
-        patches += sample.crops.shape[0] * sample.crops.shape[1]
     ids, branch = torch.tensor(tokens)[None], torch.tensor(branches, dtype=torch.int32)[None]
     pixels = np.concatenate([sample.crops for sample in chosen])
+    windows = crops.stacked([one.windows for one in chosen], [len(one.crops) * one.crops.shape[1] for one in chosen])
     batch = Batch(
         tokens=ids,
         targets=torch.zeros_like(ids),
@@ -144,7 +140,7 @@ def packed(arch: Architecture, chosen: Sequence[Sample]) -> tuple[Batch, torch.T
         sources=torch.zeros(ids.shape, dtype=torch.int32),
         crops=torch.from_numpy(pixels),
         crop_counts=(len(pixels),),
-        windows=torch.from_numpy(np.concatenate(windows).astype(np.int64)),
+        windows=torch.from_numpy(windows),
         rows=torch.zeros(1, dtype=torch.int64),
     )
     return batch, (branch[0] != PREFIX_BRANCH).nonzero()[:, 0]

@@ -6,7 +6,7 @@ A frame of a video is one crop. Bytes equal those of transformers' Molmo2 image 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -88,17 +88,28 @@ def video_windows(frames: int, geometry: ImageGeometry) -> np.ndarray:
 def row_windows(layouts: Iterable[Layout], geometry: ImageGeometry) -> np.ndarray:
     """(n, m) int64: the windows of several images and videos, crops counted over all of them, narrower windows filled
     up with PAD. (0, 1) where there are none."""
-    tables, first = [], 0
+    tables, patches = [], []
     for layout in layouts:
-        table = video_windows(layout.crops, geometry) if isinstance(layout, VideoLayout) else windows(layout, geometry)
-        tables.append(np.where(table == PAD, PAD, table + first * geometry.patches))
-        first += layout.crops
+        is_video = isinstance(layout, VideoLayout)
+        tables.append(video_windows(layout.crops, geometry) if is_video else windows(layout, geometry))
+        patches.append(layout.crops * geometry.patches)
+    return stacked(tables, patches)
+
+
+def stacked(tables: Sequence[np.ndarray], patches: Sequence[int]) -> np.ndarray:
+    """(n, m) int64: tables of windows one below the other, narrower windows filled up with PAD. (0, 1) where there are
+    none.
+
+    patches: how many there are behind each table, whose indices count them from its own first.
+    """
     if not tables:
         return np.empty((0, 1), dtype=np.int64)
-    widest = max(table.shape[1] for table in tables)
-    return np.concatenate(
-        [np.pad(table, ((0, 0), (0, widest - table.shape[1])), constant_values=PAD) for table in tables]
-    )
+    widest, first, found = max(table.shape[1] for table in tables), 0, []
+    for table, count in zip(tables, patches, strict=True):
+        moved = np.where(table == PAD, PAD, table + first)
+        found.append(np.pad(moved, ((0, 0), (0, widest - table.shape[1])), constant_values=PAD))
+        first += count
+    return np.concatenate(found)
 
 
 def _canvas_patches(layout: ImageLayout, geometry: ImageGeometry) -> np.ndarray:

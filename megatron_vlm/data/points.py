@@ -149,14 +149,6 @@ def parse(text: str) -> list[Place]:
     return [place for place in places if 0 <= place.x <= 1 and 0 <= place.y <= 1]
 
 
-def parse_tracks(text: str) -> dict[int, list[Place]]:
-    """The places of each object in `text` by its id, by time; see `parse`."""
-    tracks: dict[int, list[Place]] = {}
-    for place in sorted(parse(text)):
-        tracks.setdefault(place.id, []).append(place)
-    return tracks
-
-
 def parse_count(text: str) -> int | None:
     """The number that an answer states, in digits or as a word alone; else that of its places; None without either."""
     if NONE in text:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from random import Random
 
+from megatron_vlm.config.rules import CHOICES
 from megatron_vlm.data.example import Points, Tracks, Turn
 
-FORMATS = ("style_and_length", "style")
 #: Styles whose answers are short or made of places whatever their form: no length hint. So are all answers of places.
 POINTING_STYLES = ("pointing", "point_count", "cosyn_point")
 #: Styles that `style` leaves without a prefix: asked as people ask.
@@ -111,6 +111,7 @@ def user_text(
 ) -> str:
     """The user's words in one turn.
 
+    format: data.prompts.
     answer: the text of the answer, for the length hint; None = not known (generation): the usual hint.
     first:  the conversation begins here; only then there is a prefix.
     rate:   times a second at which the sample's tracks were annotated; 0 = has none.
@@ -122,7 +123,8 @@ def user_text(
         text = turn.prompt or (turn.answer.label if isinstance(turn.answer, Points | Tracks) else "")
         prefix = _hinted(style, turn, answer, rng) if first else ""
     else:
-        raise ValueError(f"data.prompts={format!r} does not exist; choose one of {', '.join(FORMATS)}.")
+        known = ", ".join(CHOICES["data.prompts"])
+        raise ValueError(f"data.prompts={format!r} does not exist; choose one of {known}.")
     return " ".join(part for part in (prefix, text) if part)
 
 

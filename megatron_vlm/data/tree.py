@@ -26,6 +26,7 @@ from megatron_vlm.config.geometry import (
     image_geometry,
     image_layout,
 )
+from megatron_vlm.config.rules import CHOICES
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data import points, prompts
 from megatron_vlm.data.example import Branch, Example, Points, Tracks
@@ -33,8 +34,6 @@ from megatron_vlm.data.frames import video_layout
 from megatron_vlm.data.keyed import generator
 from megatron_vlm.data.prefix import prefix_tokens, with_room
 from megatron_vlm.data.tokens import USER, Tokenizer
-
-WEIGHTINGS = ("uniform", "root_subsegments", "root_tokens")
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ class TreeSettings:
     tokenizer: Tokenizer
     geometry: ImageGeometry
     prompts: str
-    """One of prompts.FORMATS."""
+    """See prompts.py."""
     loss_weighting: str
-    """One of WEIGHTINGS."""
+    """As data.loss_weighting."""
     max_tokens: int
     """Longest sample; text beyond it is cut."""
     max_crops: int
@@ -112,12 +111,9 @@ class TreeSettings:
         )
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("prompts", self.prompts, prompts.FORMATS),
-            ("loss_weighting", self.loss_weighting, WEIGHTINGS),
-        ):
-            if value not in known:
-                raise ValueError(f"data.{name}={value!r} does not exist; choose one of {', '.join(known)}.")
+        for name, value in (("data.prompts", self.prompts), ("data.loss_weighting", self.loss_weighting)):
+            if value not in CHOICES[name]:
+                raise ValueError(f"{name}={value!r} does not exist; choose one of {', '.join(CHOICES[name])}.")
 
 
 @dataclass(frozen=True)

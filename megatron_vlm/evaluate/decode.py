@@ -1,7 +1,7 @@
 """Answers with a cache: each round computes one token of every open answer, and nothing else again.
 
 A prompt's prefix (its images) goes through the model once, for all of its questions, and its keys and values are kept
-once. Same numbers as generate.py, which recomputes; tests compare them token for token. One process only.
+once. Same answers as without a cache: tests compare them token for token.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlm.batch import PAD, PREFIX_BRANCH, Batch
+from megatron_vlm.batch import PREFIX_BRANCH, Batch
+from megatron_vlm.data.crops import stacked
 from megatron_vlm.data.tokens import Tokenizer
 from megatron_vlm.parallel.split import even_counts, offsets
 
@@ -79,7 +80,6 @@ def row(items: Sequence[Running], tokenizer: Tokenizer, *, pixels: bool = False)
     branches: list[int] = []
     examples: list[int] = []
     ends: list[int] = []
-    windows, first_patch = [], 0
     for number, item in enumerate(items):
         prefix = list(item.prompt.prefix)
         tokens += prefix
@@ -92,11 +92,10 @@ def row(items: Sequence[Running], tokenizer: Tokenizer, *, pixels: bool = False)
             branches += [question] * len(said)
             ends.append(len(tokens) - 1)
         examples += [number] * (len(tokens) - len(examples))
-        table = item.prompt.windows if pixels else item.prompt.windows[:0]
-        windows.append(np.where(table == PAD, PAD, table + first_patch))
-        first_patch += item.prompt.crops.shape[0] * item.prompt.crops.shape[1]
     ids = torch.tensor(tokens)[None]
-    crops = np.concatenate([item.prompt.crops if pixels else item.prompt.crops[:0] for item in items])
+    crops = [item.prompt.crops if pixels else item.prompt.crops[:0] for item in items]
+    tables = [item.prompt.windows if pixels else item.prompt.windows[:0] for item in items]
+    windows = stacked(tables, [len(each) * each.shape[1] for each in crops])
     batch = Batch(
         tokens=ids,
         targets=torch.zeros_like(ids),
@@ -106,17 +105,9 @@ def row(items: Sequence[Running], tokenizer: Tokenizer, *, pixels: bool = False)
         branches=torch.tensor(branches, dtype=torch.int32)[None],
         is_vision=torch.isin(ids, torch.tensor(sorted(tokenizer.vision_ids))),
         sources=torch.zeros(ids.shape, dtype=torch.int32),
-        crops=torch.from_numpy(crops),
-        crop_counts=(len(crops),),
-        windows=torch.from_numpy(_stacked(windows)),
+        crops=torch.from_numpy(np.concatenate(crops)),
+        crop_counts=(sum(map(len, crops)),),
+        windows=torch.from_numpy(windows),
         rows=torch.zeros(1, dtype=torch.int64),
     )
     return batch, ends
-
-
-def _stacked(tables: Sequence[np.ndarray]) -> np.ndarray:
-    """Window tables below each other, padded to the widest."""
-    width = max(table.shape[1] for table in tables)
-    return np.concatenate(
-        [np.pad(table, ((0, 0), (0, width - table.shape[1])), constant_values=PAD) for table in tables]
-    ).astype(np.int64)

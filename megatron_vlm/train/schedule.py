@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_vlm.config.rules import CHOICES
 from megatron_vlm.config.schema import ComponentOptimConfig
-
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
 def learning_rate(component: ComponentOptimConfig, schedule: str, step: int, steps: int, decay_steps: int = 0) -> float:
@@ -17,8 +16,8 @@ def learning_rate(component: ComponentOptimConfig, schedule: str, step: int, ste
     only (`wsd`).
     Raises ValueError for a schedule that does not exist.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"optim.schedule={schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}.")
+    if schedule not in (known := CHOICES["optim.schedule"]):
+        raise ValueError(f"optim.schedule={schedule!r} does not exist; choose one of {', '.join(known)}.")
     peak, floor, warmup = component.lr, component.min_lr, component.warmup_steps
     if step < warmup:
         return peak * step / warmup

@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_vlm.config import geometry, rules
+from megatron_vlm.data import identity
 from megatron_vlm.data.loader import Loader, Share, Step
 from tests.data.world import ARCH, build, config
 
@@ -172,6 +175,14 @@ def test_other_files_and_settings_are_accepted_by_name_from_the_next_window_on(f
     step = next(iter(again))
     again.close()
     assert set(again.accepted) == {"mixture", "seed"} and (step.window, step.offset) == (1, 0)
+
+
+def test_run_accept_knows_all_that_a_stream_depends_on(folder):
+    mixture = SimpleNamespace(hash="", members=[SimpleNamespace(high_resolution=0.5)])
+    shards, tokenizer = SimpleNamespace(hash="", has_videos=True), SimpleNamespace(hash="")
+    settings = config(folder, balance_batches=2)
+    found = identity.of(settings, shards, mixture, tokenizer, geometry.image_geometry(ARCH, 4), "train", False)
+    assert set(found) == {*rules.DATA_NAMES, *identity.SETTINGS, "one_pass"}
 
 
 def test_one_pass_holds_every_sample_once(folder):

