@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,20 @@ def test_megatron_training_is_never_imported(path):
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "data"], ids=name_of)
 def test_data_never_asks_for_a_process_group(path):
     assert not {name for name in imports(path) if name.startswith(("torch.distributed", "megatron."))}
+
+
+def test_tools_that_need_no_model_do_not_load_megatron():
+    """What reads files of a run alone: Megatron would take seconds, and warn of what a CPU has not."""
+    code = (
+        "import runpy, sys\n"
+        "for name in ('ckpt', 'replay', 'report', 'compare_losses', 'convert_hf'):\n"
+        "    runpy.run_path(f'tools/{name}.py')\n"
+        "    assert 'megatron.core' not in sys.modules, f'{name} imports Megatron'\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_must_start_fast_does_not_load_torch():

@@ -24,6 +24,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from megatron_vlm.config import errors
 from megatron_vlm.data import bundle, export, formats, mixture
 from megatron_vlm.data.example import Media
 from megatron_vlm.data.image import decode
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options.command(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {errors.words(error)}")
 
 
 def build(options: argparse.Namespace) -> None:
@@ -252,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="+", metavar="NAME", help=f"data sets as mixtures name them; {len(TABLE)} are known"
     )
     sets.add_argument("--source", required=True, type=Path, help="directory that tools/download_data.py wrote")
-    sets.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    sets.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     sets.add_argument("--max-left-out", type=_share, default=0.2, metavar="SHARE",
                       help="share of a data set that may be missing or unsound (default: %(default)s)")  # fmt: skip
     sets.add_argument("--held-out", type=_share, default=0.0, metavar="SHARE",
@@ -299,9 +300,16 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, *, overwrite: bool = True) -> None:
     parser.add_argument("--out", required=True, type=Path, help="directory to write; must not exist")
-    parser.add_argument("--shard-mb", type=int, default=1024, help="size of a tar in MiB (default: %(default)s)")
+    parser.add_argument("--shard-mb", type=_positive, default=1024, help="size of a tar in MiB (default: %(default)s)")
     if overwrite:
         parser.add_argument("--overwrite", action="store_true", help="replace shards that stand at --out")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1.")
+    return number
 
 
 def _share(text: str) -> float:

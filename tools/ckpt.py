@@ -23,7 +23,9 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vlm.checkpoint import directory as names
-from megatron_vlm.checkpoint import load, sharded, unpickle, verify, whole
+from megatron_vlm.checkpoint import record as records
+from megatron_vlm.checkpoint import unpickle, verify, whole
+from megatron_vlm.config import errors
 
 #: Tensors that `diff` names.
 _SHOWN = 20
@@ -57,14 +59,14 @@ def main(argv: Sequence[str]) -> int:
         text, worst = compare(asked.first, asked.second)
         print(text)
         return 0 if worst <= asked.tolerance else 1
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
 
 
 def info(path: Path) -> str:
     """A checkpoint in words. Raises ValueError where there is none or its small files are damaged."""
-    record = load.read(path)
+    record = records.read(path)
     numbers: dict[str, int] = defaultdict(int)
     sizes = []
     for folder, metadata in unpickle.read_folders(record.path):
@@ -72,7 +74,7 @@ def info(path: Path) -> str:
         sizes.append(f"{sum(entry['bytes'] for entry in entries.values()):,} bytes in {len(entries)} files")
         for name, entry in metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
-                part = "optimizer" if name.startswith(sharded.OPTIMIZER) else ".".join(name.split(".")[:2])
+                part = "optimizer" if name.startswith(records.OPTIMIZER) else ".".join(name.split(".")[:2])
                 numbers[part] += math.prod(entry.size)
     model, run = record.config.get("model", {}), record.config.get("run", {})
     state = record.state
@@ -119,7 +121,7 @@ def check(paths: Sequence[Path]) -> int:
         for checkpoint in found:
             try:
                 verify.verify(checkpoint, known=known)
-                record = load.read(checkpoint)
+                record = records.read(checkpoint)
                 unpickle.read_folders(checkpoint)
                 print(f"sound    {checkpoint} (step {record.step})")
             except ValueError as error:

@@ -1,6 +1,6 @@
 """Losses of two or more runs side by side, step by step.
 
-python tools/compare_losses.py RUN RUN [RUN ...] [--tolerance 1e-5]
+    python tools/compare_losses.py RUN RUN [RUN ...] [--tolerance 1e-5]
 
 The first run is the reference. Exits with 1 where a loss differs from it by more than the tolerance (relative) or a
 step is missing: layouts of one recipe, and a run that was stopped and resumed, must agree.
@@ -13,6 +13,8 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_vlm.config import errors
 
 #: Steps shown of long runs; all are compared.
 _SHOWN = 12
@@ -27,7 +29,7 @@ def losses(run: Path) -> dict[int, float]:
     try:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{log} cannot be read: {error}. Is {run} the directory of a run?") from error
+        raise ValueError(f"{log} cannot be read: {errors.words(error)} Is {run} the directory of a run?") from error
     found = {record["step"]: float("nan") if record["loss"] is None else record["loss"] for record in records}
     if not found:
         raise ValueError(f"{log} holds no steps yet.")
@@ -57,7 +59,9 @@ def table(runs: Sequence[Path]) -> tuple[str, float]:
 def main(argv: Sequence[str]) -> int:
     """Run the command; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python tools/compare_losses.py", description="Losses of two or more runs side by side, step by step."
+        prog="python tools/compare_losses.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories; the first is the reference")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference (default 1e-5)")
@@ -67,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         text, worst = table(asked.runs)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
     print(text)
     if worst != worst:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron_vlm.config import errors
+
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
@@ -84,8 +86,8 @@ def main(argv: Sequence[str]) -> int:
         gc.disable()
     try:
         return {"import": _import, "export": _export, "verify": _verify, "download": _download}[asked.command](asked)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
 
 

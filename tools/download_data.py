@@ -27,6 +27,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
+from megatron_vlm.config import errors
 from megatron_vlm.data import mixture
 from megatron_vlm.data.fetch import Fetcher, Later, Limits, Refused
 from megatron_vlm.data.sets import source
@@ -83,11 +84,12 @@ def main(arguments: list[str] | None = None) -> None:
         if options.dry_run:
             _print_plan(names)
             return
+        options.out.mkdir(parents=True, exist_ok=True)  # a wrong place is an error now
         reports = [_download(name, find(name), options) for name in names]
+        _write(reports, options.out)
+        print((options.out / "report.txt").read_text(), end="")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    _write(reports, options.out)
-    print((options.out / "report.txt").read_text(), end="")
+        sys.exit(f"error: {errors.words(error)}")
     failed = [report.name for report in reports if report.annotations != "ok"]
     if failed:
         sys.exit(f"error: no annotations of {', '.join(failed)}; {options.out / 'report.txt'} says why.")

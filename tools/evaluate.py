@@ -71,7 +71,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel processes of each copy (default 1)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages of each copy (default 1)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    for name, least in (("limit", 0), ("shuffled_limit", -1), ("untrained_limit", -1), ("judge_threads", 1)):
+        if (value := getattr(asked, name)) < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: needed {least} or more")
+    return asked
 
 
 def main(argv: Sequence[str]) -> int:

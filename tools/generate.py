@@ -59,6 +59,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("give a question, or --sample DATASET")
     if asked.sample and (asked.image or asked.video):
         parser.error("--sample brings its own media: leave out --image and --video")
+    for name in ("count", "max_new_tokens"):
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(asked, name)}: needed 1 or more")
     if asked.image and asked.video:
         parser.error("a prompt has images or a video, not both")
     if not asked.video and (asked.start or asked.end is not None or asked.rate):

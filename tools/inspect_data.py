@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from megatron_vlm.config import load, presets
+from megatron_vlm.config import errors, load, presets
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import manifest, points, video
 from megatron_vlm.data.example import Branch, Example, Tracks
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         inspect(options) if options.run is None else inspect_step(options)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {errors.words(error)}")
 
 
 def inspect(options: argparse.Namespace) -> None:

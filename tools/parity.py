@@ -25,9 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import load
+from megatron_vlm.config import errors, load
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import manifest
+from megatron_vlm.data.shards import Shards
 from megatron_vlm.parallel.pool import Pool
 from megatron_vlm.train import parity, trial, variant
 from megatron_vlm.train.parity import Report
@@ -46,7 +47,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the settings")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe"
+    )
     parser.add_argument("--layouts", nargs="+", default=None, metavar="NAME", help=f"default: {' '.join(_LAYOUTS)}")
     parser.add_argument(
         "--resume", nargs="+", action="extend", default=[], metavar="A:K:B", help="stop A after step K, go on on B"
@@ -149,9 +152,19 @@ def check(config: Config, asked: argparse.Namespace, say: Any = print) -> tuple[
     reference_way = variant.parse(asked.reference)
     cases: list[Variant | Resume] = [variant.parse(name) for name in asked.layouts]
     cases += [resume(text, asked.steps) for text in asked.resume]
-    for way in [reference_way, *_ways(cases)]:
+    ways = [reference_way, *_ways(cases)]
+    for way in ways:
         way.settings(config, asked.device)
-    manifest.directory(config.data.manifest)  # bundled data are not built on a layout's time
+    if asked.device == "cuda":
+        import torch  # seconds, which other mistakes need not wait for
+
+        most, there = max(way.world for way in ways), torch.cuda.device_count()
+        if there < most:
+            raise ValueError(
+                f"--device cuda: torch finds {there} GPUs here, and {most} processes need one each. Leave it out to "
+                "run on the CPU, or name smaller layouts."
+            )
+    Shards(manifest.directory(config.data.manifest))  # bundled data are not built on a layout's time
     folder = Path(tempfile.mkdtemp(prefix="parity-"))
     runner = Runner(config, asked, folder)
     try:
@@ -213,9 +226,11 @@ def main(argv: Sequence[str]) -> int:
     asked = arguments(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
     try:
+        if asked.json:
+            asked.json.touch()  # a wrong place is an error now, not after the layouts
         reference, reports = check(load.load(asked.recipe, asked.overrides), asked)
-    except (ValueError, RuntimeError, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
     if asked.json:
         found = {"reference": reference, "layouts": [dataclasses.asdict(report) for report in reports]}

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_vlm.config import load
+from megatron_vlm.config import errors, load
 from megatron_vlm.plan import hardware, report, sweep, workload
 
 
@@ -30,7 +30,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe"
+    )
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(hardware.GPUS)}")
     parser.add_argument("--nodes", type=int, default=1, help="servers (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in each (default 8)")
@@ -56,9 +58,11 @@ def main(argv: Sequence[str]) -> int:
     asked = arguments(argv)
     try:
         found = _plan(asked)
+        if asked.json and asked.json != Path("-"):
+            asked.json.touch()  # a wrong place is an error now
         changes = sweep.ranked(found) if asked.sweep else []
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
     change = None if found.fits or asked.sweep else sweep.remedy(found)
     out = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
@@ -83,8 +87,12 @@ def _plan(asked: argparse.Namespace) -> sweep.Plan:
         )
     gpu = hardware.find(asked.gpu)
     if asked.network is not None:
+        if asked.network <= 0:
+            raise ValueError(f"--network {asked.network:g}: needed above 0 GB a second.")
         gpu = dataclasses.replace(gpu, network=int(asked.network * 10**9))
     reach = hardware.Reach(*asked.reach) if asked.reach else hardware.Reach()
+    if not all(0 < share <= 1 for share in dataclasses.astuple(reach)):
+        raise ValueError(f"--reach {' '.join(map(str, asked.reach))}: needed three shares above 0 and at most 1.")
     config = load.load(asked.recipe, asked.overrides)
     row = workload.assume(config, video=asked.video, crops=asked.crops, loss_share=asked.loss_share)
     return sweep.plan(config, hardware.Cluster(gpu, asked.nodes, asked.gpus_per_node, reach), row)

@@ -26,7 +26,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from megatron_vlm.batch import PAD, PREFIX_BRANCH
-from megatron_vlm.config import load, presets
+from megatron_vlm.config import errors, load, presets
 from megatron_vlm.config.geometry import ImageGeometry, image_geometry
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import Loader, Share, Step
@@ -59,7 +59,9 @@ STYLE = (
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe"
+    )
     parser.add_argument(
         "--window",
         type=int,
@@ -78,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         print(f"{write(asked)}: open it in a browser")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {errors.words(error)}")
 
 
 def write(asked: argparse.Namespace) -> Path:

@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_vlm.config import load, rules
+from megatron_vlm.config import errors, load, rules
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Layout
 from megatron_vlm.plan import memory, workload
@@ -38,7 +38,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe"
+    )
     parser.add_argument("--world", type=int, required=True, help="processes of the run")
     parser.add_argument("--rank", type=int, default=0, help="the one that rehearses (default 0)")
     parser.add_argument(
@@ -55,10 +57,12 @@ def main(argv: Sequence[str]) -> int:
     asked = arguments(argv)
     try:
         config, layout = _settings(asked)
+        if asked.json:
+            asked.json.touch()  # a wrong place is an error now, not after the step
         row = workload.assume(config, video=asked.video, crops=asked.crops)
         return _rehearse(asked, config, layout, row)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
 
 
@@ -68,6 +72,8 @@ def _settings(asked: argparse.Namespace) -> tuple[Config, Layout]:
     layout = Layout.of(config, asked.world)
     layout.coordinates(asked.rank)  # ValueError where there is no such rank
     if asked.micro_batches is not None:
+        if asked.micro_batches < 1:
+            raise ValueError(f"--micro-batches {asked.micro_batches}: needed 1 or more.")
         batch = asked.micro_batches * layout.data * config.train.micro_batch
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch=batch))
         rules.check(config, asked.world)

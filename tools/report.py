@@ -22,6 +22,7 @@ import jinja2
 import yaml
 
 from megatron_vlm.checkpoint import directory as names
+from megatron_vlm.config import errors
 from megatron_vlm.train.chart import COLORS, Line, chart
 
 #: Charts: title, unit, names of the metrics (a name that ends in * stands for all that begin so), logarithmic.
@@ -79,13 +80,12 @@ def main(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     if len(asked.runs) > 2:
         parser.error("name one run or two")
-    try:
-        runs = [read(path) for path in asked.runs]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     out = asked.out or asked.runs[0] / "report.html"
-    out.write_text(page(runs), encoding="utf-8")
+    try:
+        out.write_text(page([read(path) for path in asked.runs]), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {errors.words(error)}", file=sys.stderr)
+        return 1
     print(f"{out}: open it in a browser")
     return 0
 
@@ -240,7 +240,8 @@ def _figure(
     runs: Sequence[Run], title: str, unit: str, wanted: tuple[str, ...], log: bool, name: str
 ) -> dict[str, Any] | None:
     """One chart with its legend; None where no run has such numbers. Colour = metric, dashes = the second run."""
-    lines, legend = [], []
+    lines: list[Line] = []
+    legend = []
     for index, metric in enumerate(_found(runs, wanted)):
         color = COLORS[index % len(COLORS)]
         drawn, noisy = len(lines), not metric.startswith(_EXACT)
@@ -267,7 +268,8 @@ def _found(runs: Sequence[Run], wanted: tuple[str, ...]) -> list[str]:
 
 def _slowest(runs: Sequence[Run]) -> tuple[list[list[Any]], list[str]]:
     """Seconds of each phase in the last interval: the median rank, and the ranks with most work of their own."""
-    rows, phases = [], []
+    rows: list[list[Any]] = []
+    phases: list[str] = []
     for run in runs:
         last = run.stragglers[-1] if run.stragglers else {}
         median, slowest = last.get("median_s"), last.get("slowest")

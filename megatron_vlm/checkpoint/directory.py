@@ -61,7 +61,8 @@ def find(directory: str | Path) -> Path:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"there is no checkpoint at {directory}: the directory does not exist. Check the path.")
+        why = "it is a file" if directory.exists() else "the directory does not exist"
+        raise ValueError(f"there is no checkpoint at {directory}: {why}. Check the path.")
     if (directory / ".metadata").is_file() or step(directory) >= 0:
         return directory
     found = latest(directory) or latest(directory / "checkpoints")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import dacite
 import yaml
 
+from megatron_vlm.config import errors
 from megatron_vlm.config.keys import field_types, keys, words
 from megatron_vlm.config.schema import Config
 
+#: The recipes that come with the program, where it runs from its clone.
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 _BASE = "base"
 _COMMAND_LINE = "on the command line"
 
@@ -94,7 +98,8 @@ def _recipe(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, Any]
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         asked = f", which {seen[-1]} names as its base," if seen else ""
-        raise ValueError(f"The recipe {path}{asked} cannot be read: {error}") from error
+        near = _near(path) if isinstance(error, FileNotFoundError | IsADirectoryError) else ""
+        raise ValueError(f"The recipe {path}{asked} cannot be read: {errors.words(error)}{near}") from error
     settings = _parse(text, origin)
     if settings is None:
         settings = {}
@@ -109,6 +114,14 @@ def _recipe(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[dict[str, Any]
             raise ValueError(f"base {origin} must be the path of another recipe, found {base!r}.")
         yield from _recipe(path.parent / base, (*seen, here))
     yield settings, origin
+
+
+def _near(path: Path) -> str:
+    """The recipes of this program whose names are most like that of a path which is no recipe."""
+    known = {"/".join(file.parts[-2:]): file for file in sorted(RECIPES.glob("*/stage?.yaml"))}
+    wanted = "/".join(path.parts[-2:] if path.suffix else [path.name, "stage1.yaml"])
+    found = sorted(os.path.relpath(known[name]) for name in difflib.get_close_matches(wanted, known, cutoff=0.3))
+    return f" Recipes with names like it: {', '.join(found)}." if found else ""
 
 
 def _override(text: str) -> tuple[dict[str, Any], str]:

@@ -118,6 +118,9 @@ def _numbers(value: Any) -> Iterator[float]:
 def _world(config: Config, arch: Architecture, world: int) -> Iterator[str]:
     p = config.parallel
     model = p.tensor * p.pipeline * p.context
+    if world < 1:
+        yield f"{world} processes are no run; needed: 1 or more."
+        return
     if world % model:
         yield (
             f"{world} processes cannot be divided into models of {model} processes (parallel.tensor={p.tensor} x "

@@ -42,6 +42,10 @@ class _Place(NamedTuple):
 
 def repair(directory: Path, out: Path, *, shard_bytes: int = 1 << 30) -> Repaired:
     """Write the sound samples of `directory` to `out`. Raises ValueError where there is none."""
+    if not any((directory / name).exists() for name in ("manifest.json", "samples")):
+        raise ValueError(f"{directory} holds neither manifest.json nor a folder `samples`: no shards. Check the path.")
+    if out.exists():
+        raise ValueError(f"{out} exists already. Choose another --out.")
     faults: list[dict[str, str]] = []
     found = _media(directory, faults)
     kept = 0

@@ -75,9 +75,8 @@ class ShardWriter:
         self._overwrite = overwrite
         self._partial = self.directory.with_name(f"{self.directory.name}.partial-{os.getpid()}")
         if self.directory.exists() and not (overwrite and (self.directory / "manifest.json").is_file()):
-            raise ValueError(
-                f"{self.directory} exists already. Choose another directory, or ask for overwriting shards."
-            )
+            other = "it holds no shards, and only shards are replaced" if overwrite else "--overwrite replaces shards"
+            raise ValueError(f"{self.directory} exists already. Choose another --out; {other}.")
         self._media = _Stored()
         self._samples: dict[tuple[str, str], _SampleFile] = {}
         self._tar: BinaryIO | None = None
@@ -211,7 +210,7 @@ class ShardWriter:
         for (dataset, split), samples in sorted(self._samples.items()):
             datasets.setdefault(dataset, {})[split] = samples.close()
         if not datasets:
-            raise ValueError(f"no sample was added to {self.directory}: nothing is written.")
+            raise ValueError(f"no sample was added to {self.directory}: nothing is written. Is the input empty?")
         files = {
             path.relative_to(self._partial).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(self._partial.rglob("*"))

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_vlm.config import errors
 from megatron_vlm.config.schema import RunConfig
 from megatron_vlm.parallel import cpu
 
@@ -35,7 +36,9 @@ def start(run: RunConfig) -> str:
     Raises ValueError where `run.device` is cuda and there is none, or fewer than processes.
     """
     if run.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device=cuda, but torch finds no CUDA device here. Set run.device=cpu or auto.")
+        raise ValueError(
+            "run.device=cuda, but torch finds no CUDA device here. Set run.device (of a tool: --device) to cpu or auto."
+        )
     for text, category in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", text, category)
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
@@ -98,12 +101,12 @@ def peak_memory() -> list[int]:
 
 
 def tool(body: Callable[[], None]) -> int:
-    """Run the body of a tool, and leave; its exit code. A ValueError is one paragraph on stderr, from one process."""
+    """Run the body of a tool, and leave; its exit code. What a user can mend is one paragraph on stderr."""
     try:
         body()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if speaks(str(error)):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {errors.words(error)}", file=sys.stderr)
         return 1
     finally:
         leave()

@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from megatron_vlm.config import errors, load, rules
 from megatron_vlm.config import help as config_help
-from megatron_vlm.config import load, rules
 from megatron_vlm.config.schema import Config
 
 _EPILOG = """\
@@ -37,7 +37,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the settings")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and stop")
     return parser.parse_intermixed_args(argv)  # options may stand between overrides
 
@@ -88,8 +90,7 @@ def _train(config: Config) -> int:
 
 
 def _print_error(error: Exception) -> None:
-    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-    print(f"error: {error}{notes}", file=sys.stderr, flush=True)
+    print(f"error: {errors.words(error)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

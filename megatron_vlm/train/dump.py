@@ -12,12 +12,14 @@ import math
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_vlm.train.evidence import Evidence
 from megatron_vlm.train.guard import Event
+
+if TYPE_CHECKING:  # evidence brings Megatron, which tools that read a dump must not import before process.start
+    from megatron_vlm.train.evidence import Evidence
 
 FOLDER = "guards"
 EVENTS = "events.jsonl"

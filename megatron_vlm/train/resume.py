@@ -58,7 +58,10 @@ def find(config: Config) -> Start:
         try:
             origin = load.read(config.init.checkpoint)
         except ValueError as error:
-            raise ValueError(f"init.checkpoint={config.init.checkpoint}: {error}") from error
+            raise ValueError(
+                f"init.checkpoint={config.init.checkpoint}: {error} Weights of Hugging Face models become one with "
+                "tools/convert_hf.py import; `init.checkpoint=`, empty, starts from random weights."
+            ) from error
         words = f"New run in {run}, from the weights of {origin.path}."
         return Start(None, origin.path, 0, words, stages=_stages(origin))
     if resume == "never":

@@ -73,6 +73,8 @@ def test_run_directory_checkpoints_and_checkpoint_are_all_understood(tmp_path):
     assert directory.find(tmp_path) == directory.find(tmp_path / "checkpoints") == directory.find(path) == path
     with pytest.raises(ValueError, match="none: the directory does not exist"):
         directory.find(tmp_path / "none")
+    with pytest.raises(ValueError, match="latest: it is a file. Check the path"):
+        directory.find(path.parent / "latest")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither it nor its folder `checkpoints` holds iter_"):
         directory.find(tmp_path / "empty")

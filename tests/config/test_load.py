@@ -103,8 +103,15 @@ def test_an_error_in_a_base_names_the_base(tmp_path):
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"The recipe .*gone\.yaml cannot be read"):
+    with pytest.raises(ValueError, match=r"The recipe .*gone\.yaml cannot be read: .*gone\.yaml is not there"):
         load.load(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize("name", ["tiny", "examples/recipes/qwen3_0.6b", "recipes/molmo-8b/stage2.yaml"])
+def test_for_a_recipe_that_is_not_there_those_with_names_like_it_are_told(name):
+    like = {"tiny": "tiny/stage1", "examples/recipes/qwen3_0.6b": "qwen3_0.6b/stage1"}.get(name, "molmo2_8b/stage2")
+    with pytest.raises(ValueError, match=rf"Recipes with names like it: .*{like}\.yaml"):
+        load.load(name)
 
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=12)

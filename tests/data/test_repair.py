@@ -155,6 +155,8 @@ def test_nothing_sound_is_an_error(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no sample was added"):
         repair(copied, tmp_path / "sound")
     assert not (tmp_path / "sound").exists()
+    with pytest.raises(ValueError, match="neither manifest.json nor a folder `samples`: no shards. Check the path"):
+        repair(tmp_path / "gone", tmp_path / "sound")
 
 
 def test_links_are_not_followed(copied: Path, tmp_path: Path) -> None:

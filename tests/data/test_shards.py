@@ -135,13 +135,13 @@ def test_the_same_build_twice_at_once(tmp_path):
 
 
 def test_directories_in_the_way(built, copied, tmp_path):
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="exists already. Choose another --out; --overwrite replaces shards."):
         ShardWriter(copied)
     with ShardWriter(copied, overwrite=True) as writer:
         writer.add(sample("only"), "text", "train")
     assert Shards(copied).datasets == ("text",)
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="exists already.*it holds no shards, and only shards are replaced"):
         ShardWriter(tmp_path / "mine", overwrite=True)
 
 

@@ -259,3 +259,9 @@ def test_a_dry_run_asks_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_bad_requests_are_told(arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         download_data.main(arguments)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit, match="file: a file stands where a folder is needed"):
+        download_data.main(["--datasets", "pixmo_cap", "--out", str(tmp_path / "file")])

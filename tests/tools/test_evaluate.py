@@ -230,6 +230,9 @@ def test_a_task_that_there_is_not_is_named_before_anything_is_loaded(tmp_path, c
     assert "there is no task 'vqq'; did you mean vqa" in fails(capsys, str(tmp_path), "--tasks", "vqq")
     assert "no checkpoint" in fails(capsys, str(tmp_path))
     assert "Start a multiple of 6 processes" in fails(capsys, str(tmp_path), "--tensor", "2", "--pipeline", "3")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path), "--limit", "-3"])
+    assert "--limit -3: needed 0 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ from tools import generate
         (["--sample", "pointing", "--image", "a.jpg"], "brings its own media"),
         (["what?", "--image", "a.jpg", "--video", "v.mp4"], "images or a video, not both"),
         (["what?", "--image", "a.jpg", "--rate", "2"], "are about a --video"),
+        (["--sample", "pointing", "--count", "0"], "--count 0: needed 1 or more"),
+        (["what?", "--max-new-tokens", "-1"], "--max-new-tokens -1: needed 1 or more"),
         (["what?", "--draw", "a.png"], "needs an --image or a --video"),
         (["what?", "--image", "a.jpg", "--draw", "a.mp4"], r"ends in .png or .jpg"),
         (["what?", "--video", "v.mp4", "--draw", "out"], r"ends in .png or .mp4"),

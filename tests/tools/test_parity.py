@@ -123,10 +123,14 @@ def test_a_wrong_gradient_is_named_and_a_failure_does_not_end_the_others(recipe,
         (["--resume", "tp2:one"], "needed is A:K:B"),
         (["--resume", "one:2:tp2", "--steps", "2"], "the step to stop after is 1 to 1, not 2"),
         (["--layouts", "one", "train.stepz=3"], "stepz"),
+        (["--layouts", "dp4", "--device", "cuda"], "torch finds 3 GPUs here, and 4 processes need one each"),
+        (["--layouts", "tp2", "data.manifest=no/shards"], "no/shards holds no manifest.json"),
+        (["--layouts", "tp2", "--json", "no/such/a.json"], "no/such/a.json is not there, nor is its folder no/such."),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_runs(recipe, asked, said, monkeypatch, capsys):
     monkeypatch.setattr(parity.Runner, "run", None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     assert parity.main([recipe, *asked]) == 1
     assert said in capsys.readouterr().err
 

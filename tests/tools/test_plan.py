@@ -53,6 +53,9 @@ def test_does_not_fit():
         (["--gpu", "h100", "parallel.tensor=7"], "parallel.tensor=7 does not divide"),
         (["--gpu", "h100", "--loss-share", "2"], "a loss share of 2.0"),
         (["--gpu", "h100", "paralel.tensor=2"], "paralel"),
+        (["--gpu", "h100", "--network", "0"], "--network 0: needed above 0"),
+        (["--gpu", "h100", "--reach", "1", "2", "0"], "--reach 1.0 2.0 0.0: needed three shares"),
+        (["--gpu", "h100", "--json", "no/such/a.json"], "no/such/a.json is not there, nor is its folder no/such."),
     ],
 )
 def test_wrong_input(arguments, words):

@@ -37,6 +37,9 @@ def test_tiny(tmp_path):
     [
         (["--world", "64", "--rank", "64"], "rank 64 does not exist in a world of 64"),
         (["--world", "6"], "6 processes cannot be divided into models of 4"),
+        (["--world", "0"], "0 processes are no run; needed: 1 or more"),
+        (["--world", "64", "--micro-batches", "0"], "--micro-batches 0: needed 1 or more"),
+        (["--world", "64", "--json", "no/such/a.json"], "no/such/a.json is not there, nor is its folder no/such."),
     ],
 )
 def test_wrong_input(arguments, words):

@@ -135,3 +135,6 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     assert report.main([str(tmp_path)]) == 1
     assert "holds no steps yet" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert report.main([str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert f"error: {tmp_path} is a folder, where a file is needed" in capsys.readouterr().err

@@ -60,6 +60,11 @@ def test_downloaded_sets_become_shards(downloads: Path, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit, match="has none of pixmo_cap"):
         build_shards.main(["dataset", "pixmo_cap", "--source", str(downloads), "--out", str(tmp_path / "x"),
                            "--mixture", "sample"])  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        build_shards.main(["build", "a.jsonl", "--out", str(tmp_path / "out"), "--shard-mb", "0"])
+    assert "0 is not a number of at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="a.jsonl is not there. Check the name."):
+        build_shards.main(["build", "a.jsonl", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="did you mean pixmo_cap"):
         build_shards.main(["dataset", "pixmo_capp", "--source", str(downloads), "--out", str(tmp_path / "x")])
 

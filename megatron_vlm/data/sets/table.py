@@ -26,6 +26,7 @@ TABLE: dict[str, Entry] = {**IMAGES, **VIDEOS, **TRACKING, **EVALUATION}
 def find(name: str) -> Entry:
     """The entry of a data set. Raises ValueError, with the nearest names, where there is none."""
     if name not in TABLE:
-        near = difflib.get_close_matches(name, TABLE, n=3) or ["megatron_vlm/data/sets/ for all names"]
-        raise ValueError(f"data set {name!r} is not in the table; did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(name, TABLE, n=3)
+        advice = f"; did you mean {', '.join(near)}?" if near else ". All names stand in megatron_vlm/data/sets/."
+        raise ValueError(f"data set {name!r} is not in the table{advice}")
     return TABLE[name]
