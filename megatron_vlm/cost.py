@@ -78,16 +78,14 @@ def training(arch: Architecture, work: Work, frozen: Collection[str] = ()) -> in
 
 def _vision(arch: Architecture, work: Work) -> int:
     vision = arch.vision
-    layers = 1 + max(arch.connector.taps) if arch.connector.taps else vision.layers
     tokens = vision.patches + vision.class_token
     layer = 8 * tokens * vision.width**2 + 4 * tokens**2 * vision.width + 4 * tokens * vision.width * vision.mlp
-    return work.crops * (2 * vision.patches * vision.patch_values * vision.width + layers * layer)
+    return work.crops * (2 * vision.patches * vision.patch_values * vision.width + arch.tower_depth * layer)
 
 
 def _connector(arch: Architecture, work: Work) -> int:
     connector, hidden = arch.connector, arch.language.hidden
-    inside = arch.vision.width * max(1, len(connector.taps))
-    width, windows, slots = connector.width, work.windows, work.slots
+    inside, width, windows, slots = arch.feature_width, connector.width, work.windows, work.slots
     if connector.kind == "attention_pooling":
         attention = (
             2 * windows * inside * width + 4 * slots * inside * width + 4 * slots * width + 2 * windows * width**2

@@ -152,6 +152,16 @@ class Architecture:
     100 a spread of 0.02 makes image features ten thousand times smaller than embeddings, and the positions of patches
     as sines of their row and column, without which a small tower takes long to tell where something is."""
 
+    @property
+    def tower_depth(self) -> int:
+        """Layers of the tower that are built, and stored in Molmo2 checkpoints: none after the deepest tap."""
+        return 1 + max(self.connector.taps) if self.connector.taps else self.vision.layers
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers of a patch between tower and connector: tapped layers side by side."""
+        return self.vision.width * max(1, len(self.connector.taps))
+
     def token_id(self, name: str) -> int:
         """Id of one of NEW_TOKENS."""
         return self.language.vocab_size + NEW_TOKENS.index(name)

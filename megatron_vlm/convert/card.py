@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlm.convert.entries import depth
-
 if TYPE_CHECKING:
     from megatron_vlm.convert.stored import Checkpoint
 
@@ -62,7 +60,7 @@ def molmo2(source: Checkpoint, dtype: str, image_crops: int) -> str:
     """README.md of a Molmo2 export."""
     arch = source.arch
     notes = [
-        f"- weights in {dtype}; vision layers after number {depth(arch) - 1}, counted from 0, are not stored",
+        f"- weights in {dtype}; vision layers after number {arch.tower_depth - 1}, counted from 0, are not stored",
         "- the head predicts the base vocabulary only; `lm_head.weight` is "
         + ("a copy of the base rows of the embedding" if arch.language.tied_head else "a matrix of its own"),
         "- of a video the processor takes frames at even distances from the first on; in training the last frame was "
@@ -103,7 +101,9 @@ def part(source: Checkpoint, name: str, dtype: str) -> str:
         notes = ["- rows of the embedding for image tokens are not part of it"]
     else:
         kind = "CLIP vision" if arch.vision.class_token else "SigLIP vision"
-        notes = [f"- {depth(arch)} of the {arch.vision.layers} layers of the source: the deepest one that was read"]
+        notes = [
+            f"- {arch.tower_depth} of the {arch.vision.layers} layers of the source: the deepest one that was read"
+        ]
         if arch.connector.taps or arch.vision.class_token:
             notes.append(
                 "- `post_layernorm` was not part of the model and is written as weight 1, bias 0: use `hidden_states`"

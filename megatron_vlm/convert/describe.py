@@ -6,7 +6,6 @@ from typing import Any
 
 from megatron_vlm.config.architecture import Architecture, LanguageArchitecture, VisionArchitecture
 from megatron_vlm.convert.configs import ACTIVATIONS
-from megatron_vlm.convert.entries import depth
 
 
 def _common(dtype: str) -> dict[str, Any]:
@@ -74,7 +73,7 @@ def native(arch: Architecture, dtype: str) -> dict[str, Any]:
         "vision_config": {
             **_heads(tower.width, tower.heads),
             "model_type": "molmo2_vision",
-            "num_hidden_layers": depth(arch),
+            "num_hidden_layers": arch.tower_depth,
             "intermediate_size": tower.mlp,
             "hidden_act": _activation(tower),
             "layer_norm_eps": tower.norm_eps,
@@ -190,7 +189,7 @@ def tower(arch: Architecture, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "hidden_size": tower.width,
         "intermediate_size": tower.mlp,
-        "num_hidden_layers": depth(arch),
+        "num_hidden_layers": arch.tower_depth,
         "num_attention_heads": tower.heads,
         "image_size": tower.image_size,
         "patch_size": tower.patch_size,

@@ -70,14 +70,9 @@ def entries(arch: Architecture) -> list[Entry]:
     return list(_entries(arch))
 
 
-def depth(arch: Architecture) -> int:
-    """Vision layers that are built, and stored in Molmo2 checkpoints."""
-    return max(arch.connector.taps) + 1 if arch.connector.taps else arch.vision.layers
-
-
 def _entries(arch: Architecture) -> Iterator[Entry]:
     sizes, properties = _sizes(arch), _properties(arch)
-    counts = {"": 1, "language": arch.language.layers, "vision": depth(arch)}
+    counts = {"": 1, "language": arch.language.layers, "vision": arch.tower_depth}
     groups = {"language": arch.language.kv_heads, "vision": arch.vision.heads, "connector": arch.connector.heads}
     for section in names.TABLE:
         for index in range(counts[section.layers]):
@@ -111,7 +106,7 @@ def _sizes(arch: Architecture) -> dict[str, int]:
         "f": vision.mlp,
         "s": vision.patches + vision.class_token,
         "x": vision.patch_values,
-        "t": vision.width * max(1, len(connector.taps)),
+        "t": arch.feature_width,
         "c": connector.width,
         "p": connector.mlp,
     }

@@ -14,7 +14,7 @@ import torch
 
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.convert import names
-from megatron_vlm.convert.entries import Entry, Shape, depth, entries
+from megatron_vlm.convert.entries import Entry, Shape, entries
 from megatron_vlm.convert.hf import CONFIG, DTYPES, Weights, read_json
 from megatron_vlm.model.initial import initial
 from megatron_vlm.plan import params
@@ -179,7 +179,7 @@ def _check(source: Source, mine: list[Entry], arch: Architecture, made: Plan) ->
     dropped = {
         key: reason
         for key in source.keys
-        if key not in expected and (reason := _drop_reason(source.form, key, depth(arch)))
+        if key not in expected and (reason := _drop_reason(source.form, key, arch.tower_depth))
     }
     made.dropped[str(where)] = {source.keys[key]: reason for key, reason in dropped.items()}
     unknown = [key for key in source.keys if key not in expected and key not in dropped]

@@ -78,10 +78,6 @@ def build_connector(arch: Architecture, settings: Settings, groups: ProcessGroup
     return CONNECTORS[kind](arch, settings, groups)
 
 
-def _width_in(arch: Architecture) -> int:
-    return arch.vision.width * max(1, len(arch.connector.taps))
-
-
 def _attention_config(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> PartConfig:
     connector = arch.connector
     if connector.width % connector.heads:
@@ -134,7 +130,7 @@ def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGro
             core_attention=FullAttention,
             linear_proj=linears.row,
         ),
-        _width_in(arch),
+        arch.feature_width,
         groups,
     )
     config = _projector_config(
@@ -153,14 +149,14 @@ def attention_pooling(arch: Architecture, settings: Settings, groups: ProcessGro
 def linear(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """The window's mean through one linear layer."""
     config = _projector_config(arch, settings, groups)
-    return Connector(config, WindowMean(), gathered(config, _width_in(arch), groups.tp), 1, groups)
+    return Connector(config, WindowMean(), gathered(config, arch.feature_width, groups.tp), 1, groups)
 
 
 def mlp(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
     """The window's mean through two layers with GELU between them."""
     sizes = {"ffn_hidden_size": arch.connector.mlp, "activation_func": nn.functional.gelu}
     config = _projector_config(arch, settings, groups, **sizes)
-    return Connector(config, WindowMean(), _mlp(config, _width_in(arch), groups), 1, groups)
+    return Connector(config, WindowMean(), _mlp(config, arch.feature_width, groups), 1, groups)
 
 
 def resampler(arch: Architecture, settings: Settings, groups: ProcessGroupCollection) -> Connector:
@@ -171,7 +167,7 @@ def resampler(arch: Architecture, settings: Settings, groups: ProcessGroupCollec
             f"a resampler needs queries and layers, but the architecture has {queries} queries and "
             f"{arch.connector.layers} layers; set both in its ConnectorArchitecture."
         )
-    pooling = Resampler(_attention_config(arch, settings, groups), _width_in(arch), queries, groups)
+    pooling = Resampler(_attention_config(arch, settings, groups), arch.feature_width, queries, groups)
     config = _projector_config(arch, settings, groups)
     return Connector(config, pooling, gathered(config, arch.connector.width, groups.tp), queries, groups)
 

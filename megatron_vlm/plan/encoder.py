@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_vlm.plan.layers import FLOAT, INDEX, Layers
-from megatron_vlm.plan.params import connector_width_in
 from megatron_vlm.plan.tape import Tape, Tensor
 
 
@@ -52,7 +51,7 @@ class Encoder(Layers):
 
     def vision_output(self, tape: Tape, x: Tensor) -> Tensor:
         """Tapped layers side by side, without class tokens. x: the last layer's output."""
-        size = self.load.crops * self.arch.vision.patches * connector_width_in(self.arch) * self.e
+        size = self.load.crops * self.arch.vision.patches * self.arch.feature_width * self.e
         joined = tape.op(size, x, passes=len(self.arch.connector.taps) < 2)
         return tape.op(size, joined) if self.arch.vision.class_token else joined
 
@@ -60,7 +59,7 @@ class Encoder(Layers):
         """Windows of patches to vectors as wide as the decoder."""
         kind, trains = self.arch.connector.kind, "connector" not in self.frozen
         connector, load, hidden = self.arch.connector, self.load, self.arch.language.hidden
-        inside, n, shards = connector_width_in(self.arch), load.windows, self.settings.vision_tensor
+        inside, n, shards = self.arch.feature_width, load.windows, self.settings.vision_tensor
         mlp = connector.mlp // shards
         if kind == "resampler":
             return self.resampler(tape, features, trains)
@@ -101,7 +100,7 @@ class Encoder(Layers):
 
     def resampler(self, tape: Tape, features: Tensor, trains: bool) -> Tensor:
         connector, load = self.arch.connector, self.load
-        width, inside, crops = connector.width, connector_width_in(self.arch), load.windows
+        width, inside, crops = connector.width, self.arch.feature_width, load.windows
         patches = self.arch.vision.patches
         rows, size = crops * connector.queries, crops * connector.queries * width * self.e
         projected = self.gathered_linear(tape, features, load.crops * patches, inside, width, trains)

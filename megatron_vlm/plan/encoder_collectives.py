@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from megatron_vlm.config.architecture import Architecture
 from megatron_vlm.plan.layers import Load
-from megatron_vlm.plan.params import connector_width_in
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,14 @@ def sharded(arch: Architecture, frozen: frozenset[str], load: Load, *, recompute
 def _vision(arch: Architecture, trains: bool, load: Load, recomputed: bool) -> Iterator[Talk]:
     vision = arch.vision
     numbers = load.crops * (vision.patches + vision.class_token) * vision.width
-    layers = max(arch.connector.taps) + 1 if arch.connector.taps else vision.layers
+    layers = arch.tower_depth
     runs = 1 + (recomputed and trains)
     yield Talk("all_reduce", numbers, 2 * layers * runs, "tower's layers")
     yield Talk("all_reduce", numbers, 2 * layers * trains, "tower's layers, backward")
 
 
 def _connector(arch: Architecture, frozen: frozenset[str], load: Load, recomputed: bool) -> Iterator[Talk]:
-    connector, hidden, inside, n = arch.connector, arch.language.hidden, connector_width_in(arch), load.windows
+    connector, hidden, inside, n = arch.connector, arch.language.hidden, arch.feature_width, load.windows
     trains = "connector" not in frozen
     back = trains or "vision" not in frozen
     if connector.kind == "resampler":
@@ -61,7 +60,7 @@ def _connector(arch: Architecture, frozen: frozenset[str], load: Load, recompute
 
 
 def _resampler(arch: Architecture, load: Load, trains: bool, back: bool, recomputed: bool) -> Iterator[Talk]:
-    connector, inside = arch.connector, connector_width_in(arch)
+    connector, inside = arch.connector, arch.feature_width
     patches, rows = load.crops * arch.vision.patches, load.windows * connector.queries
     width, layers = connector.width, connector.layers
     yield Talk("all_gather", patches * width, 1, "patches as the resampler reads them")

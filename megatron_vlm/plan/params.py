@@ -144,13 +144,8 @@ def _vision_layer(name: str, width: int, mlp: int, shards: int) -> Named:
     yield from _row(f"{name}.mlp.linear_fc2", width, mlp, shards)
 
 
-def connector_width_in(arch: Architecture) -> int:
-    """Numbers of a patch that the connector sees."""
-    return arch.vision.width * max(1, len(arch.connector.taps))
-
-
 def _connector(arch: Architecture, shards: int) -> Named:
-    connector, hidden, inside = arch.connector, arch.language.hidden, connector_width_in(arch)
+    connector, hidden, inside = arch.connector, arch.language.hidden, arch.feature_width
     width = connector.width
     if connector.kind == "attention_pooling":
         yield from _column("pooling.linear_q", width, inside, shards)

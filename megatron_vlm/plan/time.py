@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vlm import cost
 from megatron_vlm.config import presets
@@ -115,7 +115,7 @@ def step(config: Config, layout: Layout, cluster: Cluster, row: workload.Row) ->
         flops,
     )
     peak = cluster.gpu.flops if config.train.precision != "float32" else cluster.gpu.float32_flops
-    return StepTime(**{**found.__dict__, "mfu": flops / (found.total * cluster.world * peak)})
+    return replace(found, mfu=flops / (found.total * cluster.world * peak))
 
 
 def _stage(

@@ -84,20 +84,21 @@ class Reporter:
 
     def stragglers(self, step: int, ranks: list[stragglers.Times]) -> None:
         """Where the time of each rank went since the last call: a line of stragglers.jsonl; said where one is slow."""
-        with open(self._folder / "stragglers.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | stragglers.summary(ranks)) + "\n")
+        self._append("stragglers.jsonl", {"step": step} | stragglers.summary(ranks))
         if words := stragglers.words(ranks):
             self.say(f"{_place(step, self.config)}  {words}")
 
     def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
         """Gradient and weight norms of the modules: a line of norms.jsonl."""
-        with open(self._folder / "norms.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | {kind: _finite(values) for kind, values in norms.items()}) + "\n")
+        self._append("norms.jsonl", {"step": step} | {kind: _finite(values) for kind, values in norms.items()})
 
     def shadow(self, step: int, errors: dict[str, float]) -> None:
         """How far FP8 is from bf16 in each layer: a line of fp8.jsonl."""
-        with open(self._folder / "fp8.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "relative_error": _finite(errors)}) + "\n")
+        self._append("fp8.jsonl", {"step": step, "relative_error": _finite(errors)})
+
+    def _append(self, name: str, line: Record) -> None:
+        with open(self._folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def say(self, text: str) -> None:
         """A line for the reader."""

@@ -146,7 +146,9 @@ def test_every_member_of_every_mixture_is_read(name: str, tmp_path: Path) -> Non
 
 def of(name: str, tmp_path: Path) -> list[Example]:
     write(tmp_path, name, rows(name))
-    return read(tmp_path, name)
+    samples = read(tmp_path, name)
+    assert samples, name
+    return samples
 
 
 def only(sample: Example) -> Branch:
