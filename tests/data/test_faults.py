@@ -33,14 +33,17 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def damaged(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The same world where some samples of the first steps lost an image, one of them of its two; key -> file."""
+    """The same world where some samples of the first steps lost an image, two of them the first or the last of two;
+    key -> file."""
     folder = shutil.copytree(sound, tmp_path_factory.mktemp("damaged") / "world")
     drawn = {sample.key: sample for step in steps(config(sound)) for planned in step.planned
              for row in planned.rows for sample in row.samples if sample.media}  # fmt: skip
-    two = next(sample for sample in drawn.values() if len(sample.media) == 2)
-    chosen = {sample.key: sample for sample in [two, *list(drawn.values())[:21:7]]}
+    first, last = [sample for sample in drawn.values() if len(sample.media) == 2][:2]
+    others = [sample for sample in list(drawn.values())[:28:7] if sample is not first]
+    chosen = {sample.key: sample for sample in [last, *others]}
     assert len(chosen) >= 3
-    return folder, {key: blank_media(folder / "shards", sample.media[-1]) for key, sample in chosen.items()}
+    bad = {key: blank_media(folder / "shards", sample.media[-1]) for key, sample in chosen.items()}
+    return folder, bad | {first.key: blank_media(folder / "shards", first.media[0])}
 
 
 def skipping(folder: Path, **data: object) -> Config:

@@ -166,6 +166,12 @@ def test_headers_that_drip_do_not_hold_us(server: Server, tmp_path: Path) -> Non
     assert len(sent) < 80
 
 
+def test_an_empty_file_is_refused(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="the file is empty"):
+        fetch(server, tmp_path / "file", lambda handler, _: send(handler))
+    assert not (tmp_path / "file").exists()
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_too_large_a_file_is_refused(server: Server, tmp_path: Path, told: bool) -> None:
     def large(handler: BaseHTTPRequestHandler, _: int) -> None:

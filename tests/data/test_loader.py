@@ -12,6 +12,7 @@ import torch
 from megatron_vlm.config import geometry, rules
 from megatron_vlm.data import identity
 from megatron_vlm.data.loader import Loader, Share, Step
+from megatron_vlm.data.unpacked import UnpackedLoader
 from tests.data.world import ARCH, build, config
 
 
@@ -113,6 +114,16 @@ def test_resume_gives_the_same_stream(folder):
         assert ledger(again) == ledger(reference[stop:])
         assert ledger(steps(config(folder), 9 - stop, Share(1, 2), state=state)) == ledger(again), "another DP size"
         assert [rows_of(step) for step in again] == [rows_of(step) for step in reference[stop:]]
+
+
+def test_unpacked_steps_hold_the_samples_of_the_packed_ones_a_row_each(folder):
+    loader = UnpackedLoader(config(folder), ARCH, Share())
+    for step, packed in zip(loader, steps(config(folder), 3), strict=False):
+        assert step.keys == packed.keys and step.global_loss_weight == packed.global_loss_weight
+        held = [[sample.key for sample in row.samples] for micro in step.planned for row in micro.rows]
+        assert sorted(key for row in held for key in row) == sorted(step.keys) and max(map(len, held)) == 1
+        assert len(held) % 2 == 0 and len(held) - len(step.keys) < 2
+    loader.close()
 
 
 def test_a_stream_goes_on_in_the_same_loader(folder):

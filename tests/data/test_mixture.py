@@ -25,6 +25,7 @@ def test_roots_inside_groups_and_rates_between(tmp_path):
     found = load(written(tmp_path, GOOD))
     assert [member.name for member in found.members] == ["x", "y", "z"]
     assert [member.weight for member in found.members] == [None, 0.1, None]
+    assert found.group_numbers == (0, 0, 1)
     assert found.rates(SIZES.get) == pytest.approx((0.75 / 3, 0.75 * 2 / 3, 0.25))
 
 

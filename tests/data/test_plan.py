@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_vlm.data.loader import Loader, Share
-from megatron_vlm.data.plan import Planner
+from megatron_vlm.data.pack import pack
+from megatron_vlm.data.plan import ROWS_PER_WINDOW, Planner
 from megatron_vlm.data.tree import TokenizedExample, tokenize
 from tests.data.damage import spoil_record
 from tests.data.world import ARCH, build, config
@@ -38,6 +39,17 @@ def test_samples_encoded_together_are_those_of_each_alone(planner: Planner) -> N
         alone = tokenize(example, source, draw.visit, planner.settings, planner.flat_weights[draw.source])
         assert sample.key == f"{source}/{example.key}" and arrays(sample.content) == arrays(alone)
     assert {planner.sources[draw.source] for draw in draws} == {"captions", "pointing", "text", "videos"}
+
+
+def test_rows_come_in_a_random_order(planner: Planner) -> None:
+    """Packed, the first rows hold the largest samples."""
+    samples = planner._samples(planner.order.window(3, planner.length))
+    packed = pack([len(sample.content.tokens) for sample in samples], [sample.content.crops for sample in samples],
+                  planner.settings.max_tokens, planner.settings.max_crops)  # fmt: skip
+    keys = [tuple(samples[place].key for place in row) for row in packed]
+    found = [tuple(sample.key for sample in row.samples) for row in planner.plan(3)]
+    assert sorted(found) == sorted(keys) and found != keys
+    assert [row.number for row in planner.plan(3)] == [3 * ROWS_PER_WINDOW + place for place in range(len(keys))]
 
 
 def test_a_damaged_sample_leaves_its_neighbours_alone(planner: Planner) -> None:

@@ -71,8 +71,8 @@ def test_a_name_twice_is_refused(tmp_path):
         index_tar(stranger(tmp_path / "x.tar", info("a.jpg"), info("a.jpg")))
 
 
-# Two members of 1,024 bytes each, then the end: two blocks of 512.
-@pytest.mark.parametrize("keep", [200, 600, 1024 + 700, 1536, 2048 + 512, 3071])
+# Two members of 1,536 bytes each, then the end: two blocks of 512.
+@pytest.mark.parametrize("keep", [200, 600, 1024 + 700, 1536, 3072, 3500, 3072 + 512, 4095])
 def test_a_cut_tar_is_refused(tmp_path, keep):
     path = stranger(tmp_path / "x.tar", info("a.jpg"), info("b.jpg"))
     path.write_bytes(path.read_bytes()[:keep])

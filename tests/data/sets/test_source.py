@@ -173,6 +173,8 @@ def test_trees_are_split_at_sixty_places() -> None:
     found = list(trees([draft(number, 25) for number in range(5)]))
     assert [len(tree.branches) for _, tree in found] == [2, 2, 1]
     assert [key.removeprefix(found[0][0]) for key, _ in found] == ["", "-2", "-3"]
+    full = trees([draft(0, 35), draft(1, 25), draft(2, 1)])
+    assert [len(tree.branches) for _, tree in full] == [2, 1], "sixty are not too many"
     one = list(trees([draft(0, 3), draft(0, 3), draft(1, 3)], chat_share=1.0))
     assert len(one) == 1 and [turn.answer.label for turn in one[0][1].branches[0].turns] == ["cup 0", "cup 1"]  # type: ignore[union-attr]
 
