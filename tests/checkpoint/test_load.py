@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,30 @@ def test_chain_of_layouts_ends_where_it_began(pool, trained, tmp_path):
             assert found["differences"] == []
         source = target / "iter_0000003"
     assert pool(2).run(check_same_everywhere, trained[0] / "iter_0000003", source) == [[], []]
+
+
+def newest_sound(directory: Path) -> tuple[str, list[str]]:
+    from megatron_vlm.checkpoint import load
+
+    path, faults = load.newest_sound(directory)
+    return path.name if path else "", faults
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(pool, trained, tmp_path):
+    directory = shutil.copytree(trained[0], tmp_path / "damaged")
+    assert pool(2).run(newest_sound, directory) == [("iter_0000006", [])] * 2
+    newest = directory / "iter_0000006"
+    for name in ("__0_0.distcp", "__1_0.distcp"):  # the ranks share the files: each reads one of these
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        found = pool(2).run(newest_sound, directory)
+        assert [path for path, _ in found] == ["iter_0000003"] * 2
+        assert all(f"iter_0000006 is damaged: the contents of {name} are not" in fault for _, (fault,) in found)
+        (newest / name).write_bytes(whole)
+    for step in (3, 6):
+        (directory / f"iter_{step:07d}" / "state.json").unlink()
+    with pytest.raises(RuntimeError, match="damaged is whole:\n  - .*iter_0000006 .*\n  - .*iter_0000003 "):
+        pool(2).run(newest_sound, directory)
 
 
 def weights_only(source: Path, directory: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,19 @@ def fail(directory: Path, where: str, rank: int) -> str:
     module, name = {
         "manifest": (save.verify, "write_manifest"),
         "data": (save.torch_checkpoint.FileSystemWriter, "write_data"),
+        "short": (save.torch_checkpoint.FileSystemWriter, "write_data"),
         "state": (None, ""),
     }[where]
 
-    def broken(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(*arguments: Any, **options: Any) -> Any:
+        if where != "short":
+            raise OSError(28, "No space left on device")
+        # A file system that loses the end of a file and says nothing.
+        written = original(*arguments, **options)
+        written.wait()
+        (path,) = (directory / ".writing-iter_0000002").glob(f"__{rank}_*.distcp")
+        os.truncate(path, path.stat().st_size - 1)
+        return written
 
     if dist.get_rank() == rank:
         if module is None:
@@ -95,6 +104,7 @@ def fail(directory: Path, where: str, rank: int) -> str:
     [
         ("manifest", 0, "No space left"),
         ("data", 1, "No space left"),
+        ("short", 1, "was not written in full to "),
         ("state", 1, "does not come back equal from JSON"),
     ],
 )

@@ -56,6 +56,16 @@ def test_masks_are_keyed(one_rank):
         assert ((other == 0) == mask).float().mean().item() == pytest.approx(0.5, abs=0.02)
 
 
+def test_each_sub_layer_draws_its_own_mask(one_rank):
+    from megatron_vlm.model.build import build
+    from megatron_vlm.model.dropout import BiasDropoutAdd
+    from megatron_vlm.parallel.layout import Layout
+
+    (model,) = build(tiny.config(tiny.ARCH, residual_dropout=0.1), Layout(1))
+    sites = [module.site for module in model.modules() if isinstance(module, BiasDropoutAdd)]
+    assert len(set(sites)) == len(sites) == 2 * tiny.ARCH.language.layers
+
+
 def test_bias_residual_and_evaluation(one_rank):
     from megatron_vlm.model.dropout import BiasDropoutAdd, DropoutSettings
 

@@ -46,7 +46,12 @@ CASES = {
     "pp2": (tiny.ARCH, {"pipeline": 2}, {}, 2),
     "pp2_tied_uneven": (tiny.TIED, {"pipeline": 2, "pipeline_layers": (1, 3)}, {}, 2),
     "pp2_tied_frozen": (tiny.TIED, {"pipeline": 2}, FROZEN_VISION, 2),
-    "pp2_vpp2_dropout": (tiny.TIED, {"pipeline": 2, "virtual_pipeline": 2}, DROPOUT, 2),
+    "pp2_vpp2_dropout": (
+        tiny.TIED,
+        {"pipeline": 2, "virtual_pipeline": 2, "pipeline_layers": (1, 2, 0, 1)},
+        DROPOUT,
+        2,
+    ),
     "tp2_vision": (tiny.ARCH, {"tensor": 2, "vision": "tensor"}, {}, 2),
     "tp2_cp2_sp_vision": (
         tiny.ARCH,

@@ -45,8 +45,10 @@ def test_a_spike_is_told_by_the_last_steps_and_not_before_there_are_enough():
 
 def test_refused_steps_are_counted_and_leave_the_estimate_alone():
     guard = _seen(Guard(GuardConfig(spike="skip")))
+    history = guard.state()["history"]
     for count in (1, 2, 3):
         assert guard.judge(20 + count, {"loss": 90.0}).policy == "skip" and guard.refused == count
+        assert guard.state()["history"] == history
     assert guard.judge(24, {"loss": 2.0}) is None and guard.refused == 0
 
 
@@ -162,13 +164,27 @@ def test_a_planted_spike_is_skipped_on_all_ranks_and_the_dump_shows_whose_rows_i
 
 @pytest.mark.slow
 def test_rollback_goes_to_the_checkpoint_and_passes_the_rows_over(settings, tmp_path, pool):
-    pool(1).run(_poisoned, settings("rollback"), {4}, timeout_s=120)
+    config = settings("rollback")
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, schedule="constant"))
+    pool(1).run(_poisoned, config, {4}, timeout_s=120)
     metrics, ledger = (_lines(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "ledger"))
     assert [line["step"] for line in metrics] == [1, 2, 3, 4] and metrics[3]["rollbacks"] == 1
     places = [(line["window"], line["offset"]) for line in ledger]
     assert len(set(places)) == 4 and places == sorted(places)
     (cut,) = _lines(tmp_path / "run" / "metrics.jsonl.cut")
     assert cut["step"] == 3 and cut["loss"] != metrics[2]["loss"]
+    # Weights and moments went back too: it is the run that did nothing with these rows.
+    skipping = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(tmp_path / "skipping")),
+        train=dataclasses.replace(config.train, steps=6),
+        guard=GuardConfig(not_finite="skip"),
+    )
+    pool(1).run(_poisoned, skipping, {3, 4}, timeout_s=120)
+    expected = _lines(tmp_path / "skipping" / "metrics.jsonl")[4:]
+    assert [(line["loss"], line["grad_norm"]) for line in metrics[2:]] == [
+        (line["loss"], line["grad_norm"]) for line in expected
+    ]
 
 
 def test_stop_leaves_the_last_checkpoint_and_says_why(settings, tmp_path, pool):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,9 +47,14 @@ def recipe(folder, tmp_path):
     return path
 
 
+def _lines(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
 def _metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+    return [
+        {name: value for name, value in line.items() if name not in CLOCKS} for line in _lines(run / "metrics.jsonl")
+    ]
 
 
 def _fails(capsys, *argv):
@@ -95,6 +101,16 @@ def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeyp
     assert command.main([str(recipe)]) == 0
     assert capsys.readouterr().out.startswith(f"Resuming {run} from step 6")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 6
+    # A damaged checkpoint is passed over; from the one before, the run comes to the same end.
+    before, ledger = _metrics(run), (run / "ledger.jsonl").read_text()
+    damaged = next((run / "checkpoints" / "iter_0000006").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert command.main([str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Passed over: ") and f"is damaged: {damaged.name} has " in said.splitlines()[0]
+    assert f"Resuming {run} from step 4 (" in said.splitlines()[1]
+    assert _metrics(run) == before and (run / "ledger.jsonl").read_text() == ledger
+    assert [line["step"] for line in _lines(run / "metrics.jsonl.cut")] == [5, 6]
 
 
 def test_print_config_loads_back_equal(recipe, tmp_path, capsys):
@@ -144,8 +160,12 @@ def test_the_next_stage_starts_from_the_weights_of_the_last(recipe, tmp_path, ca
     assert command.main([str(recipe)]) == 0
     last = _metrics(tmp_path / "run")[-1]
     stage2 = [f"run.dir={tmp_path / 'stage2'}", f"init.checkpoint={tmp_path / 'run'}", "data.seed=5", "train.steps=2"]
+    stage2 += ["checkpoint.every=1"]
     assert command.main([str(recipe), *stage2]) == 0
     assert f"from the weights of {tmp_path / 'run' / 'checkpoints' / 'iter_0000006'}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "stage2" / "checkpoints" / "iter_0000002")
+    assert command.main([str(recipe), *stage2]) == 0  # what a resumed run saves knows it too
+    assert f"Resuming {tmp_path / 'stage2'} from step 1 (" in capsys.readouterr().out
     assert ckpt.main(["info", str(tmp_path / "stage2")]) == 0
     said = capsys.readouterr().out
     assert f"weights    of run run, step 6 ({tmp_path / 'run' / 'checkpoints' / 'iter_0000006'})" in said

@@ -197,6 +197,8 @@ def test_loss_is_the_weighted_mean_of_the_token_losses(trainer):
             assert outcome.losses[name] == pytest.approx((losses * own).sum().item() / own.sum().item(), rel=1e-6)
     # Two halves, evaluated one after the other, are one batch.
     assert stepper.evaluate(iter([[row] for row in rows])).loss == pytest.approx(outcome.loss, rel=1e-6)
+    stepper.train(rows, 1)
+    assert model.training  # dropout again
 
 
 def _run(settings, steps):
@@ -247,7 +249,7 @@ def test_a_run_stopped_on_layout_after_layout_logs_what_the_one_that_never_stopp
 
     pool(1).run(_run, settings("whole"), 7, timeout_s=120)
     pool(2).run(_run, settings("changed", tensor=2, sequence=True), 1, timeout_s=120)
-    pool(2).run(_run, settings("changed", pipeline=2), 3, timeout_s=120)
+    pool(4).run(_run, settings("changed", pipeline=2), 3, timeout_s=120)  # and two data-parallel ranks
     pool(2).run(_run, settings("changed"), 1, timeout_s=120)
     pool(1).run(_run, settings("changed"), 2, timeout_s=120)
     whole, changed = (

@@ -57,7 +57,8 @@ def test_buckets_start_in_one_order_whatever_is_ready_first():
 
 def steps(arch: Any, layout: Layout, parallel: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Three steps on every rank; options: of tiny.config, and `quiet`: odd rows, which are those of the data-parallel
-    rank 1 of 2, have no images. Buckets: how many had been started when a backward pass ended, and all."""
+    rank 1 of 2, have no images. Buckets: how many had been started when a backward pass ended, and all; early: when its
+    last gradient came."""
     from megatron_vlm.model.build import build
     from megatron_vlm.parallel import groups
     from megatron_vlm.train import optim, overlap, pieces
@@ -74,12 +75,18 @@ def steps(arch: Any, layout: Layout, parallel: dict[str, Any], options: dict[str
     models = optim.wrap(build(config, layout), config)
     stepper = Stepper(models, optim.build(models, config), config, ["data"])
     finish, started = overlap.Turns.finish, []
+    register, early = overlap.Turns.register_grad_ready, []
 
     def counted(self: Any, *arguments: Any) -> None:
         started.append((self._next, len(self._groups)))
         finish(self, *arguments)
 
-    overlap.Turns.finish = counted
+    def watched(self: Any, parameter: Any, *arguments: Any) -> None:
+        if len(self._ready) == len(self._of) - 1:
+            early.append(self._next)
+        register(self, parameter, *arguments)
+
+    overlap.Turns.finish, overlap.Turns.register_grad_ready = counted, watched
     rank = dist.get_rank()
     outcomes = []
     try:
@@ -91,8 +98,9 @@ def steps(arch: Any, layout: Layout, parallel: dict[str, Any], options: dict[str
             ]
             outcomes.append(dataclasses.astuple(stepper.train(batches, step)))
     finally:
-        overlap.Turns.finish = finish
-    return {"outcomes": outcomes, "weights": pieces.weights(models), "buckets": min(started, default=(0, 0))}
+        overlap.Turns.finish, overlap.Turns.register_grad_ready = finish, register
+    buckets = {"buckets": min(started, default=(0, 0)), "early": min(early, default=0)}
+    return {"outcomes": outcomes, "weights": pieces.weights(models), **buckets}
 
 
 CASES = {
@@ -135,3 +143,5 @@ def test_steps_are_those_of_reductions_after_the_backward_pass(pool, case):
                     np.testing.assert_allclose(one, other, rtol=0, atol=tolerance, err_msg=name)
         if bucket:  # the first stage has one bucket otherwise, or with the table's two or three
             assert during[0]["buckets"][0] > (1 if "connector" in case else 5)
+            # They do not wait for the end: the order is that in which gradients come.
+            assert during[0]["early"] >= during[0]["buckets"][0] // 2
