@@ -37,6 +37,8 @@ def test_frozen_parts_cost_no_gradients_that_nobody_needs():
     assert cost.training(MOLMO2, work) == 3 * everything
     assert cost.training(MOLMO2, work, ("vision",)) == flops.vision + 3 * flops.connector + 3 * flops.language
     frozen_ends = cost.training(MOLMO2, work, ("vision", "language"))
+    # A trained tower wants gradients through a frozen connector.
+    assert cost.training(MOLMO2, work, ("connector",)) == 3 * everything - flops.connector
     assert frozen_ends == flops.vision + 3 * flops.connector + 2 * flops.language
     assert cost.training(MOLMO2, work, ("vision", "connector", "language")) == everything
 

@@ -18,7 +18,8 @@ LAYOUTS = {"dp2": Layout(2), "tp2": Layout(2, tensor=2)}
 
 
 def train_while_writing(directory: Path, name: str, frozen: tuple[str, ...]) -> tuple[bool, bool]:
-    """Save after step 2 as one waits for it, and once more in the background while steps 3 and 4 are trained.
+    """Save after step 2 as one waits for it, and once more in the background while steps 3 and 4 are trained; then the
+    next one, which is asked for before that has ended.
 
     Gives whether the second save was still open after these steps, and whether the weights had changed by then.
     """
@@ -43,7 +44,8 @@ def train_while_writing(directory: Path, name: str, frozen: tuple[str, ...]) -> 
     toy.step(models, optimizer, 4, layout)
     changed = any((a != b).any().item() for a, b in zip(before, models[0].parameters(), strict=True))
     waiting = not (directory / "beside" / "iter_0000002").exists()
-    trained.set()
+    threading.Timer(0.2, trained.set).start()
+    saver.save(**state, step=4, state={})
     saver.finish()
     dist.barrier()
     return waiting, changed
@@ -54,7 +56,8 @@ def test_training_during_the_write_changes_nothing_that_is_written(pool, tmp_pat
     assert pool(2).run(train_while_writing, tmp_path, name, frozen) == [(True, True)] * 2
     waited, beside = (tmp_path / kind / "iter_0000002" for kind in ("waited", "beside"))
     verify.verify(beside)
-    assert (tmp_path / "beside" / "latest").read_text() == "iter_0000002\n"
+    verify.verify(tmp_path / "beside" / "iter_0000004")
+    assert (tmp_path / "beside" / "latest").read_text() == "iter_0000004\n"
     files = verify.files(waited)
     assert verify.files(beside) == files and any(name.endswith(".distcp") for name in files)
     for file in files:

@@ -254,6 +254,18 @@ def test_other_models_are_refused_by_name(tmp_path):
         (folder / "config.json").write_text(json.dumps(fields))
 
 
+def test_of_a_tower_only_layers_that_nobody_reads_are_left_out(tmp_path):
+    from megatron_vlm.convert import importing
+
+    language = world.folder(world.qwen(world.ARCH), tmp_path / "language")
+    vision = world.folder(world.tower(world.ARCH), tmp_path / "vision")
+    key = next(key for key in world.tensors(vision) if "encoder.layers.0." in key)
+    more = key[: key.index("layers.0.")] + "layers.0.more.weight"
+    change(vision, **{more: torch.zeros(1)})
+    with pytest.raises(ValueError, match=rf"1 tensors have no place in the model; the first is {more}"):
+        importing.bring(*importing.parts(language, vision), tmp_path / "out")
+
+
 def test_a_head_that_should_be_tied_is_compared(tmp_path):
     from megatron_vlm.convert import importing
 

@@ -32,6 +32,10 @@ def test_roofline():
     assert h100.seconds(10**12, 0, "float32") > 10 * h100.seconds(10**12, 0, "bf16")
 
 
+def test_tensors_get_what_the_context_and_the_allocator_leave():
+    assert cluster().usable / hardware.GIB == pytest.approx((79.1 - 2.5) / 1.05)
+
+
 def test_wires():
     h100 = cluster()
     inside, across = (h100.transfer("all_gather", 10**9, 8, stride) for stride in (1, 8))

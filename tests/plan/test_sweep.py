@@ -125,6 +125,11 @@ def test_report(recipe):
     report.page(found, console)
     text = console.export_text()
     assert f"{found.peak / hardware.GIB:.2f}" in text and f"MFU {found.time.mfu:.1%}" in text
+    moved = [line.split() for line in text.partition("Moved in a step")[2].splitlines()]
+    for talk in found.talks(0):
+        if (size := talk.count * talk.size) >= 1_000_000:
+            ends = [f"{talk.count:,}", f"{size / hardware.GIB:.2f}"]
+            assert any(words[-2:] == ends and talk.kind in words for words in moved), talk
 
 
 #: Cluster that each recipe names in its comments.

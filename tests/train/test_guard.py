@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.config.schema import GuardConfig
+from megatron_vlm.config.schema import GuardConfig, ParallelConfig
 from megatron_vlm.train import dump
 from megatron_vlm.train.guard import LEAST_HISTORY, Guard, robust
 from tests.data import world as data
@@ -124,6 +124,15 @@ def test_skip_leaves_a_poisoned_step_out_on_all_ranks(settings, tmp_path, pool):
     assert event["dump"] == "step-0000003.json" and event["kind"] == "not_finite"
 
 
+@pytest.mark.slow
+def test_a_dump_holds_rows_whole_where_ranks_share_them(settings, tmp_path, pool):
+    config = dataclasses.replace(settings("skip"), parallel=ParallelConfig(context=2))
+    pool(2).run(_poisoned, config, {3}, timeout_s=120)
+    weights = dump.read(tmp_path / "run" / "guards" / "step-0000003.json").weights
+    half = weights.shape[1] // 2
+    assert not np.isnan(weights[:, :half]).any() and np.isnan(weights[:, half:]).any()  # the last rank's half
+
+
 def _spiking(settings, spike):
     """`loop.train` where the last rank's token losses of step `spike` are ten times what they are."""
     from megatron_vlm.parallel import groups
@@ -194,9 +203,25 @@ def test_stop_leaves_the_last_checkpoint_and_says_why(settings, tmp_path, pool):
     assert told["outcome"] == "failed" and told["step"] == 2 and "loss is nan" in told["reason"]
 
 
-def test_skipping_without_end_stops(settings, pool):
+def test_skipping_without_end_stops(settings, tmp_path, pool):
     with pytest.raises(RuntimeError, match="2 steps in a row were refused"):
-        pool(1).run(_poisoned, settings("skip", most_in_a_row=1), {2, 3, 4}, timeout_s=120)
+        pool(1).run(_poisoned, settings("skip", most_in_a_row=1, dumps=1), {2, 3, 4}, timeout_s=120)
+    guards = tmp_path / "run" / "guards"
+    assert [event["dump"] for event in _lines(guards / "events.jsonl")] == ["step-0000002.json", None]
+    assert [path.name for path in guards.glob("step-*.json")] == ["step-0000002.json"]
+
+
+@pytest.mark.slow
+def test_rollbacks_without_end_stop_and_a_new_checkpoint_starts_their_count_anew(settings, tmp_path, pool):
+    config = settings("rollback", most_in_a_row=1)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6))
+    # From step 4 to 2, and, with a checkpoint at 4, from 5 to that one.
+    pool(1).run(_poisoned, config, {4, 7}, timeout_s=120)
+    last = _lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (last["step"], last["rollbacks"]) == (6, 2)
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "again")))
+    with pytest.raises(RuntimeError, match="1 rollbacks to one checkpoint did not help"):
+        pool(1).run(_poisoned, again, {3, 4}, timeout_s=120)
 
 
 def test_a_rollback_needs_a_checkpoint(settings, pool):

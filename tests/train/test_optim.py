@@ -175,6 +175,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(trainer):
         assert torch.equal(weights[name].nan_to_num(), parameter.nan_to_num())
 
 
+@pytest.mark.parametrize(("policy", "applied"), [("note", True), ("skip", False)])
+def test_what_a_guard_notes_is_applied_and_what_it_refuses_is_not(trainer, policy, applied):
+    from megatron_vlm.train.guard import Event
+
+    stepper, micro_batches = trainer
+    weights = [p.clone() for p in stepper.models[0].parameters()]
+    event = Event(1, "spike", policy, "loss", 9.0, 1.0, 1.0)
+    outcome = stepper.train(micro_batches, 1, lambda step, values: event)
+    assert (outcome.event, outcome.applied) == (event, applied)
+    assert applied != all(map(torch.equal, weights, stepper.models[0].parameters()))
+
+
 def test_loss_is_the_weighted_mean_of_the_token_losses(trainer):
     stepper, micro_batches = trainer
     rows = [

@@ -108,3 +108,15 @@ def test_parts_are_put_together_and_copies_compared():
     assert parity.assemble([*parts, copies])[1]["a"] == pytest.approx(math.sqrt(6))
     with pytest.raises(ValueError, match="a: a part is held by no rank"):
         parity.assemble(parts[:1])
+
+
+def test_copies_on_two_ranks_that_differ_count_as_a_difference(one_rank, tmp_path):
+    from megatron_vlm.train import observe, trial
+
+    def norms(*copies, **plan):
+        parts = [((0,), np.array(copy, np.float32)) for copy in copies]
+        return observe._norms({"a.weight": ((2,), parts)}, trial.Plan(1, tmp_path, **plan), "gradients_1")["a.weight"]
+
+    assert norms([3, 4], writes=True) == (0, 5)
+    assert norms([3, 4], [3, 4]) == (0, 5)
+    assert norms([3, 3], [3, 4]) == (1, 5)
