@@ -31,7 +31,7 @@ cpu.enable("cpu")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megatron_vlm.config.schema import Fp8Config, KernelsConfig  # noqa: E402
+from megatron_vlm.config.schema import DataConfig, Fp8Config, KernelsConfig  # noqa: E402
 from megatron_vlm.model import build, state  # noqa: E402
 from megatron_vlm.parallel import groups  # noqa: E402
 from megatron_vlm.parallel.layout import Layout  # noqa: E402
@@ -207,7 +207,11 @@ def encoder() -> dict[str, Any]:
 def resumed(directory: Path) -> dict[str, Any]:
     """Delayed scaling: three steps, a checkpoint, held-out rows, three more steps; and these again from the checkpoint,
     with what that says of scales and without. Losses of the three, and whether they ended with the first one's scales.
+    "moved to": on other layouts, whose scales each rank has loaded as they are in the checkpoint, and how far off the
+    next loss is.
     """
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
     from megatron_vlm.checkpoint import load, save, sharded
     from megatron_vlm.checkpoint.snapshot import Snapshot
     from megatron_vlm.model import scaling
@@ -249,6 +253,21 @@ def resumed(directory: Path) -> dict[str, Any]:
         groups.destroy()
     for run in ("resumed", "without scales"):
         found[run] = all(torch.equal(scales["whole"][name], state) for name, state in scales[run].items())
+    moves = (("pipeline", Layout(world, pipeline=world)), ("data", Layout(world))) if world > 1 else ()
+    for name, layout in moves:
+        parallel = {"pipeline": layout.pipeline}
+        config = tiny.config(ARCH, parallel=parallel, precision="fp8", sections=sections)
+        config = dataclasses.replace(config, data=DataConfig(sequence_length=batch.tokens.shape[1]))
+        FP8GlobalStateManager.reset()  # it would exchange over the groups of before, which no run changes
+        groups.initialize(layout, seed=0, timeout_s=50)
+        models = optim.wrap(build.build(config, layout), config)
+        optimizer = optim.build(models, config)
+        load.load(directory / "iter_0000003", models=models, optimizer=optimizer, config=config)
+        same = [name for name, state in scaling.delayed(models) if torch.equal(saved[name], state)]
+        # Every data-parallel rank the same row: the mean of one.
+        loss = Stepper(models, optimizer, config, ("test",)).train([tiny.batch(ARCH, [0])], 4).loss
+        found.setdefault("moved to", {})[name] = {"scales": gathered(same), "off": abs(loss / losses["whole"][0] - 1)}
+        groups.destroy()
     return found
 
 
