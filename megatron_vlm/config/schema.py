@@ -6,6 +6,7 @@ A field says what one thing is; rules that look at two sections stand in `rules.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class RunConfig:
     time_limit: str = ""
     """Longest time from the start of the process: minutes (90), HH:MM:SS or days-HH:MM:SS, in quotes in a recipe. In
     time for the last save, the run saves, asks in exit.json for a requeue and ends with exit code 85. Empty = none."""
+
+    @property
+    def path(self) -> Path:
+        """Where the run lives."""
+        return Path(self.dir or f"runs/{self.name}")
 
 
 @dataclass(frozen=True)

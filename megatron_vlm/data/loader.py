@@ -194,7 +194,7 @@ class Loader:
         self._cache: PlanCache | None = None
         if data.plan_cache and share.ranks > 1 and not one_pass:
             own = data.plan_cache == "run"
-            folder = Path(config.run.dir) / "plans" if own else Path(data.plan_cache)
+            folder = config.run.path / "plans" if own else Path(data.plan_cache)
             plan_of = {**self._identity, "arch": repr(arch), "skips": skips}
             self._cache = PlanCache(self._planner, folder, plan_of, rank=share.rank, ranks=share.ranks, own=own)
         self.keys: tuple[str, ...] = ()

@@ -24,15 +24,15 @@ LOGS = ("metrics.jsonl", "ledger.jsonl", "stragglers.jsonl", "norms.jsonl", "fp8
 #: Settings that may change between a checkpoint and the run that goes on from it: they do not touch what is learnt.
 MAY_CHANGE = (
     "run", "init", "parallel", "checkpoint", "guard", "eval", "log", "kernels",
-    "data.workers", "data.bad_samples", "data.bad_ceiling", "train.micro_batch", "train.recompute", "train.logit_chunk",
-    "fp8.shadow_every",
+    "data.workers", "data.plan_cache", "data.bad_samples", "data.bad_ceiling", "train.micro_batch", "train.recompute",
+    "train.logit_chunk", "fp8.shadow_every",
 )  # fmt: skip
 PACKAGES = ("torch", "megatron-core", "numpy", "tokenizers", "webdataset", "pyarrow", "pillow", "transformer-engine")
 
 
 def path(config: Config) -> Path:
     """Where the run of `config` lives."""
-    return Path(config.run.dir or f"runs/{config.run.name}")
+    return config.run.path
 
 
 def checkpoints(config: Config) -> Path:

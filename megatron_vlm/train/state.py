@@ -76,7 +76,9 @@ def begin(config: Config, layout: Layout, progress: Progress) -> tuple[State, re
     """
     start = resume.find(config)
     mine = share(layout)
-    loader = Loader(config, presets.architecture(config.model), mine, state=start.data)
+    # Every rank plans some of the windows for all; not those of an evaluation, which are few.
+    planning = replace(mine, rank=dist.get_rank(), ranks=layout.world)
+    loader = Loader(config, presets.architecture(config.model), planning, state=start.data)
     if config.eval.every:
         heldout.open_loader(config, mine).close()  # what it refuses is refused now
         scoring.open_tasks(config)

@@ -111,6 +111,7 @@ def _lines(path):
 def test_skip_leaves_a_poisoned_step_out_on_all_ranks(settings, tmp_path, pool):
     endings = pool(2).run(_poisoned, settings("skip"), {3}, timeout_s=120)
     assert endings == [{"outcome": "finished", "reason": "all steps done", "step": 4}] * 2
+    assert list((tmp_path / "run" / "plans").iterdir())  # rows that one rank has packed for both
     metrics = _lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["skipped_steps"] for line in metrics] == [0, 0, 1, 1] and metrics[2]["loss"] is None
     assert math.isfinite(metrics[3]["loss"])
