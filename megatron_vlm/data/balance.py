@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,22 +73,28 @@ def _spread(rows: Sequence[int], costs: Sequence[int], parts: int) -> list[list[
     room = len(rows) // parts
     loads = [0] * parts
     found: list[list[int]] = [[] for _ in range(parts)]
+    cheapest = [(0, part) for part in range(parts)]  # a heap of the parts with room
     for row in sorted(rows, key=lambda row: (-costs[row], row)):
-        part = min((part for part in range(parts) if len(found[part]) < room), key=lambda part: (loads[part], part))
-        loads[part] += costs[row]
+        load, part = heapq.heappop(cheapest)
+        loads[part] = load + costs[row]
         found[part].append(row)
+        if len(found[part]) < room:
+            heapq.heappush(cheapest, (loads[part], part))
+    # Kept beside `found`, not made anew for every exchange: that took most of the time with hundreds of ranks.
+    held = np.asarray([[costs[row] for row in part] for part in found], dtype=np.float64)
     for _ in range(SWAPS_PER_PART * parts):
-        if not _swap(found, loads, costs):
+        if not _swap(found, loads, held, costs):
             break
     return [sorted(part) for part in found]
 
 
-def _swap(found: list[list[int]], loads: list[int], costs: Sequence[int]) -> bool:
-    """Exchange a row of the dearest part for one of another, so that the dearer of the two becomes cheapest."""
-    dearest = max(range(len(loads)), key=lambda part: (loads[part], -part))
-    mine = np.asarray([costs[row] for row in found[dearest]], dtype=np.float64)
-    theirs = np.asarray([[costs[row] for row in part] for part in found], dtype=np.float64)
-    moved = mine[:, None, None] - theirs[None]
+def _swap(found: list[list[int]], loads: list[int], held: np.ndarray, costs: Sequence[int]) -> bool:
+    """Exchange a row of the dearest part for one of another, so that the dearer of the two becomes cheapest.
+
+    held: (parts, rows of a part), the costs of the rows in `found`.
+    """
+    dearest = loads.index(max(loads))
+    moved = held[dearest][:, None, None] - held[None]
     after = np.maximum(loads[dearest] - moved, np.asarray(loads, dtype=np.float64)[None, :, None] + moved)
     after[:, dearest] = np.inf
     best = int(after.argmin())
@@ -96,6 +103,7 @@ def _swap(found: list[list[int]], loads: list[int], costs: Sequence[int]) -> boo
         return False
     ours, yours = found[dearest][place], found[part][other]
     found[dearest][place], found[part][other] = yours, ours
+    held[dearest, place], held[part, other] = costs[yours], costs[ours]
     loads[dearest] += costs[yours] - costs[ours]
     loads[part] += costs[ours] - costs[yours]
     return True
