@@ -37,6 +37,8 @@ BEAT_S = (0.2, 5.0)
 ANSWER_BEATS, ANSWER_S = 3, 3.0
 #: How long a rank that fails listens for what the others failed of.
 _HEAR_S = 1.0
+#: Seconds between two looks at what others have written.
+_POLL_S = 0.2
 #: Functions of these files wait for other ranks.
 _WAITING = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 
@@ -129,13 +131,13 @@ class Watchdog:
 
     def _beats(self) -> list[Beat | None]:
         """The last heartbeat of each rank; None = it gave none."""
-        found: list[Beat | None] = []
-        for rank in range(self._world):
-            try:
-                found.append(json.loads(self._file(rank, "json").read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                found.append(None)
-        return found
+        return [self._beat(rank) for rank in range(self._world)]
+
+    def _beat(self, rank: int) -> Beat | None:
+        try:
+            return json.loads(self._file(rank, "json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def _give_up(self) -> None:
         """All ranks together: stacks, then one of them the report, then the end of every process."""
@@ -144,17 +146,24 @@ class Watchdog:
         self._stacks.flush()
         self._write(answered=True)
         deadline = time.monotonic() + max(ANSWER_S, ANSWER_BEATS * self._beat_s)
-        while time.monotonic() < deadline and not all(beat and beat.get("answered") for beat in self._beats()):
-            time.sleep(0.05)
-        beats = self._beats()
-        if self._rank == min(beat["rank"] for beat in beats if beat and beat.get("answered")):
+        # One rank, the first that answers, reads what all say. If all did, hundreds of ranks would read hundreds of
+        # files each, over and over, and some would have no time to answer.
+        while first := not self._answered_before():
+            beats = self._beats()
+            if time.monotonic() > deadline or all(beat and beat.get("answered") for beat in beats):
+                break
+            time.sleep(_POLL_S)
+        if first:
             self._report(beats)
         else:
             # A launcher that sees one process end kills the others: not before the report is written.
-            deadline = time.monotonic() + ANSWER_S
-            while time.monotonic() < deadline and not (self._run / REPORT).exists():
-                time.sleep(0.05)
+            while time.monotonic() < deadline + self._beat_s + ANSWER_S and not (self._run / REPORT).exists():
+                time.sleep(_POLL_S)
         os._exit(HUNG_CODE)
+
+    def _answered_before(self) -> bool:
+        """Whether a rank before this one has answered."""
+        return any((beat := self._beat(rank)) and beat.get("answered") for rank in range(self._rank))
 
     def _report(self, beats: list[Beat | None]) -> None:
         words = verdict(beats)
