@@ -9,10 +9,11 @@ into a checkpoint, but gathers a replica's on one rank to save and gives all of 
 
 from __future__ import annotations
 
+import heapq
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,6 +71,12 @@ def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> 
     fills them in place. A rank whose stage trains nothing carries the optimizer's common settings of one that does.
     """
     state = build_models(models)
+    if not is_loading:
+        for trains_itself in (True, False):  # frozen weights are not written every time
+            spread(
+                [each for each in _entries(state) if each.data.requires_grad == trains_itself],
+                groups.data_and_context().size(),
+            )
     if optimizer is None:
         return state
     if trains(optimizer):
@@ -78,6 +85,22 @@ def build(models: Sequence[Any], optimizer: Any | None, *, is_loading: bool) -> 
     if not is_loading:
         share_common(state, OPTIMIZER.rstrip("."))
     return state
+
+
+def spread(entries: Iterable[Any], ranks: int) -> None:
+    """Let every data-parallel rank (context-parallel ones among them) write some of the weights, which all of `ranks`
+    hold. Otherwise the first one writes all of them, and of 256 ranks 255 wait for it.
+
+    entries: of one rank. The largest goes first, to the rank that has least: all ranks come to the same.
+    """
+    held = [(0, rank) for rank in range(ranks)]
+    for entry in sorted(entries, key=lambda entry: (-entry.data.nbytes, entry.key)):
+        *others, place = entry.replica_id
+        if any(others):
+            continue  # that is for other tensor-parallel ranks, or another stage, to write
+        size, owner = heapq.heappop(held)
+        heapq.heappush(held, (size + entry.data.nbytes, owner))
+        entry.replica_id = (*others, (place - owner) % ranks)
 
 
 def build_models(models: Sequence[Any]) -> dict[str, Any]:
@@ -104,12 +127,7 @@ def _build_optimizer(optimizer: Any, models: State) -> dict[Any, Any]:
 
     What is not sharded is as Megatron has it, for one optimizer or by number for several.
     """
-    entries = {
-        entry.data: entry
-        for value in models.values()
-        for entry in value.values()
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }
+    entries = {entry.data: entry for entry in _entries(models)}
     made = [
         part.state_dict()
         | {
@@ -124,6 +142,12 @@ def _build_optimizer(optimizer: Any, models: State) -> dict[Any, Any]:
         for part in parts(optimizer)
     ]
     return made[0] if len(made) == 1 else dict(enumerate(made))
+
+
+def _entries(models: State) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    """The tensors of the models' sharded state, as it was made."""
+    for value in models.values():
+        yield from (entry for entry in value.values() if isinstance(entry, ShardedTensor | ShardedTensorFactory))
 
 
 def _owned(part: Any) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, torch.Tensor]]]:

@@ -23,10 +23,15 @@ def test_boxes_are_the_run_of_numbers_in_order(shape):
 
 
 def held(layout: Layout) -> dict[str, int]:
-    """Numbers of the optimizer's tensors in this rank's state, to save and to load; of the whole, and of a shard."""
+    """Numbers of the optimizer's tensors in this rank's state, to save and to load; of the whole, and of a shard; and
+    of the weights, those that this rank writes."""
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
     from megatron_vlm.checkpoint import sharded
 
     models, optimizer = toy.build(layout)
+    saved = sharded.build(models, None, is_loading=False)
+    weights = sum(each.data.numel() for each in sharded.tensors(saved) if is_main_replica(each.replica_id))
     saves, loads = (
         sum(tensor.data.numel() for tensor in sharded.tensors(state["optimizer"]))
         for state in (sharded.build(models, optimizer, is_loading=is_loading) for is_loading in (False, True))
@@ -34,7 +39,7 @@ def held(layout: Layout) -> dict[str, int]:
     (model,) = models
     whole = 3 * sum(parameter.numel() for parameter in model.parameters())
     shard = 3 * sum(buffer.numel for buffer in model.buffers) // layout.data
-    return {"saves": saves, "loads": loads, "whole": whole, "shard": shard}
+    return {"saves": saves, "loads": loads, "whole": whole, "shard": shard, "weights": weights}
 
 
 def test_no_rank_holds_more_of_the_optimizer_than_its_share(pool):
@@ -42,4 +47,5 @@ def test_no_rank_holds_more_of_the_optimizer_than_its_share(pool):
     first, second = pool(2).run(held, Layout(2))
     for rank in (first, second):
         assert rank["saves"] == rank["loads"] <= rank["shard"] < 0.6 * rank["whole"]
-    assert first["saves"] + second["saves"] == first["whole"]
+        assert rank["weights"] < 0.6 * rank["whole"] / 3
+    assert first["saves"] + second["saves"] == first["whole"] == 3 * (first["weights"] + second["weights"])
