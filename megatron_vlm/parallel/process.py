@@ -41,6 +41,7 @@ def start(run: RunConfig) -> str:
         )
     for text, category in _NOT_FOR_USERS:
         warnings.filterwarnings("ignore", text, category)
+    share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     on_cpu = run.device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         cpu.enable("cpu")
@@ -54,6 +55,15 @@ def start(run: RunConfig) -> str:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return backend
+
+
+def share_cores(processes: int) -> None:
+    """Divide the threads that make text into ids, by default as many as cores in each of a node's processes.
+
+    The processes plan windows at the same moments. Call it before the tokenizers library encodes its first texts.
+    """
+    if processes > 1:
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def own_device(local_rank: int, devices: int) -> int:
