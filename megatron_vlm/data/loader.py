@@ -84,10 +84,6 @@ class Step:
     """sha256 of the keys, one a line, and of the bounds of the rows."""
     weights: tuple[float, ...]
     """Sum of the loss weights of every sample as planned, in the order of `keys`."""
-    loss_weight: float
-    """Sum of the loss weights of this data rank's rows."""
-    global_loss_weight: float
-    """Sum of the loss weights of all rows: what the loss is divided by."""
     tokens: int
     """Places in the rows, padding counted."""
     useful_tokens: int
@@ -111,6 +107,18 @@ class Step:
         """Those of this rank's rows."""
         return [sample for micro_batch in self.planned for row in micro_batch.rows for sample in row.samples]
 
+    @property
+    def loss_weight(self) -> float:
+        """Sum of the loss weights of this data rank's rows."""
+        silent = {fault.sample for fault in self.skipped}
+        return sum(one.facts.weight for one in self.samples_here if one.key not in silent)
+
+    @property
+    def global_loss_weight(self) -> float:
+        """The same of all rows: equals what step.py counts in the batches, and divides the loss by."""
+        silent = {fault.sample for fault in self.skipped}
+        return sum(weight for key, weight in zip(self.keys, self.weights, strict=True) if key not in silent)
+
     def without(self, faults: Iterable[Fault]) -> Step:
         """The step with these samples silenced too. Nothing else changes: not a place, not a shape."""
         # The same fault on every layout, where several of a sample's files fail.
@@ -121,10 +129,6 @@ class Step:
         return replace(
             self,
             micro_batches=tuple(silenced(batch, micro_batch, known) for batch, micro_batch in batches),
-            loss_weight=sum(one.facts.weight for one in self.samples_here if one.key not in known),
-            global_loss_weight=sum(
-                weight for key, weight in zip(self.keys, self.weights, strict=True) if key not in known
-            ),
             skipped=tuple(known[key] for key in self.keys if key in known),
         )
 
@@ -333,8 +337,6 @@ class Loader:
             keys=tuple(one.key for one in samples),
             keys_hash=hashlib.sha256("\n\n".join(lines).encode()).hexdigest(),
             weights=tuple(one.weight for one in samples),
-            loss_weight=sum(one.weight for batch in dealt for i in batch for one in by_row[i]),
-            global_loss_weight=sum(one.weight for one in samples),
             tokens=len(rows) * self._config.data.sequence_length,
             useful_tokens=sum(one.tokens for one in samples),
             image_tokens=sum(one.placeholders for one in samples),

@@ -97,9 +97,9 @@ def crosses(said: Sequence[Place], at: float) -> list[Mark]:
     return [Mark(p.x, p.y, _color(p.id), text=str(p.id)) for p in said if p.at == at]
 
 
-def rings(true: Iterable[tuple[float, float]], size: int = 0) -> list[Mark]:
+def rings(true: Iterable[tuple[float, float]]) -> list[Mark]:
     """True places."""
-    return [Mark(x, y, "#ffffff", "ring", size=size) for x, y in true]
+    return [Mark(x, y, "#ffffff", "ring") for x, y in true]
 
 
 def beside(pictures: Sequence[Image.Image], columns: int = SHEET_COLUMNS) -> Image.Image:

@@ -72,7 +72,7 @@ class Endpoint:
     def statements(self, caption: str) -> list[str]:
         if not caption.strip():
             return []
-        found = self._ask(_SPLIT.format(caption=caption), lambda reply: _strings(reply))
+        found = self._ask(_SPLIT.format(caption=caption), _strings)
         return found[:MOST_STATEMENTS]
 
     def stated(self, statements: Sequence[str], caption: str) -> list[bool]:

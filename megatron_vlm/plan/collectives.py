@@ -96,7 +96,7 @@ def _chunk(
             yield Collective("all_gather", "tensor", part, times, "sequence, backward of the cut")
     yield from _layers(config, layout, chunk, settings, load, times)
     if chunk.last:
-        yield from _head(config, layout, settings, load, times)
+        yield from _head(config, settings, load, times)
 
 
 def _wants_gradient(frozen: frozenset[str]) -> bool:
@@ -145,7 +145,7 @@ def _layers(
     yield Collective("reduce_scatter", "keys", gathered, 2 * calls, "keys and values, backward")
 
 
-def _head(config: Config, layout: Layout, settings: Settings, load: Load, times: int) -> Iterator[Collective]:
+def _head(config: Config, settings: Settings, load: Load, times: int) -> Iterator[Collective]:
     arch, e = presets.architecture(config.model), settings.element
     part = load.rows * load.part * arch.language.hidden * e
     if settings.sequence:

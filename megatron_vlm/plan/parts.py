@@ -74,8 +74,7 @@ class Parts(Encoder):
             return self.add(tape, size, x, residual)
         scale = tape.constant(size)
         draws = size // self.e * FLOAT
-        kept = tape.op(size, x, residual, keeps=(scale,), forward=3 * draws)
-        return kept
+        return tape.op(size, x, residual, keeps=(scale,), forward=3 * draws)
 
     def attention(self, tape: Tape, x: Tensor, rows: int, trains: bool) -> Tensor:
         """From the normed input to the heads' output, RoPE and exchange included."""
@@ -155,11 +154,10 @@ class Parts(Encoder):
         block = longest * heads * size
         if self.settings.cuda:
             repeated = 2 * block * (heads != kv_heads)
-            out = tape.op(query.size, query, key, value, keeps=(query, key, value),
-                          extra=statistics + query.size + self.load.masked * self.e,
-                          forward=repeated, backward=query.size + 2 * key.size + repeated, flops=flops,
-                          backward_flops=2 * flops * query.grad)  # fmt: skip
-            return out
+            return tape.op(query.size, query, key, value, keeps=(query, key, value),
+                           extra=statistics + query.size + self.load.masked * self.e,
+                           forward=repeated, backward=query.size + 2 * key.size + repeated, flops=flops,
+                           backward_flops=2 * flops * query.grad)  # fmt: skip
         sums = 2 * tokens[1] * kv_heads * (size // self.e) * FLOAT
         out = tape.op(query.size, query, key, value, keeps=(query, key, value), extra=statistics,
                       forward=block, backward=sums * (self.e != FLOAT) + block + 2 * longest * kv_heads * size,

@@ -57,7 +57,7 @@ def rehearse(
         if layout.coordinates(rank).pipeline == 0:
             own = even_counts(config.train.micro_batch * row.crops, layout.crop_ranks)[layout.crop_rank(rank)]
         say(f"{count} micro-batches")
-        batches = [_fake_crops(batch(arch, row, config.train.micro_batch, number, layout, rank), own, pretend)
+        batches = [_fake_crops(batch(arch, row, config.train.micro_batch, number, layout), own, pretend)
                    for number in range(count)]  # fmt: skip
         pretend.calls.clear()
         pretend.peak = pretend.live
@@ -97,8 +97,8 @@ def _fake_crops(made: Batch, own: int, pretend: Pretend) -> Batch:
         return dataclasses.replace(made, crops=torch.empty(shape, dtype=torch.uint8))
 
 
-def batch(arch: Architecture, row: Row, rows: int, number: int, layout: Layout, rank: int) -> Batch:
-    """Micro-batch `number` of such rows as `rank` gets it, without its crops."""
+def batch(arch: Architecture, row: Row, rows: int, number: int, layout: Layout) -> Batch:
+    """Micro-batch `number` of such rows, without crops."""
     tokens, examples, vision = _tokens(arch, row)
     weights = torch.zeros(row.tokens, dtype=torch.int64)
     parts = even_counts(row.tokens, layout.context)

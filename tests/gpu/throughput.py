@@ -50,7 +50,7 @@ def batches(config: Config, layout: Layout, rank: int, row: workload.Row) -> lis
 
     arch, made = presets.architecture(config.model), []
     for number in range(config.train.global_batch // (layout.data * config.train.micro_batch)):
-        batch = rehearsal.batch(arch, row, config.train.micro_batch, number, layout, rank)
+        batch = rehearsal.batch(arch, row, config.train.micro_batch, number, layout)
         own = 0
         if layout.coordinates(rank).pipeline == 0:
             own = even_counts(sum(batch.crop_counts), layout.crop_ranks)[layout.crop_rank(rank)]

@@ -1,5 +1,7 @@
 """tools/preview.py: the row of training, drawn with the model's own mask rule."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,7 +66,7 @@ def test_rows_are_numbered_as_in_the_ledger(recipe, balance):
 def test_data_cannot_write_into_the_page(recipe):
     step = preview.planned(load.load(recipe), 0, 0)
     page = preview.Page(load.load(recipe), step, 1, 1)
-    page._step = type("Step", (), {**vars(step), "keys": ("<script>x</script>",) * step.samples})()
+    page._step = dataclasses.replace(step, keys=("<script>x</script>",) * step.samples)
     assert "<script>" not in page.html("x") and "&lt;script&gt;" in page.html("x")
 
 
