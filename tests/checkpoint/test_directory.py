@@ -57,6 +57,8 @@ def test_same_step_is_replaced_and_remains_are_cleared(tmp_path):
 def test_latest_that_is_gone_falls_back_to_the_highest_step(tmp_path):
     write(tmp_path, 3)
     write(tmp_path, 7)
+    (tmp_path / "latest").write_text("iter_0000003\n")
+    assert directory.latest(tmp_path) == tmp_path / "iter_0000003"
     (tmp_path / "latest").write_text("iter_0000009\n")
     assert directory.latest(tmp_path) == tmp_path / "iter_0000007"
 

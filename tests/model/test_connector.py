@@ -126,6 +126,8 @@ def test_empty_slots_and_other_patches_do_not_matter(kind):
     changed[[0, 1, 3, 8]] = float("nan")  # 0 is what a clipped PAD would point to
     rows = WINDOWS[[1, 2, 4]]
     assert torch.equal(ours(patches, rows), ours(changed, rows))
+    wider = torch.nn.functional.pad(rows, (0, 2), value=PAD)
+    torch.testing.assert_close(ours(patches, wider), ours(patches, rows), atol=1e-6, rtol=1e-5)
     apart = torch.cat([ours(patches, row[None]) for row in WINDOWS])
     assert (ours(patches, WINDOWS) - apart).norm() < 1e-6 * apart.norm()
 

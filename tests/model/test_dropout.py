@@ -51,6 +51,7 @@ def test_masks_are_keyed(one_rank):
     assert torch.equal(mask, dropped(0.5, 0.0)[0] == 0)
     others = [dropped(0.5, 0.0, seed=4)[0], dropped(0.5, 0.0, site=5)[0], dropped(0.5, 0.0, rows=(2, 3))[0]]
     others.append(dropped(0.5, 0.0)[0].flip(0))
+    others.append(dropped(0.5, 0.0, rows=(1 << 31, (1 << 31) + 1))[0])  # numbers of rows have more than 31 bits
     for other in others:
         # Independent masks agree on half of the channels.
         assert ((other == 0) == mask).float().mean().item() == pytest.approx(0.5, abs=0.02)

@@ -190,12 +190,12 @@ def test_wrong_number_of_placeholders(models):
     model, _ = models
     made = batch([samples()[:1]])
     patch = ARCH.token_id("<im_patch>")
-    first = (made.tokens[0] == patch).nonzero()[0, 0]
-    tokens = made.tokens.clone()
-    tokens[0, first] = 7
     count = int((made.tokens == patch).sum())
-    with pytest.raises(ValueError, match=f"{count - 1} image placeholders, but its crops give {count} features"):
-        model(dataclasses.replace(made, tokens=tokens))
+    for found, at, token in ((count - 1, made.tokens[0] == patch, 7), (count + 1, made.tokens[0] != patch, patch)):
+        tokens = made.tokens.clone()
+        tokens[0, at.nonzero()[0, 0]] = token
+        with pytest.raises(ValueError, match=f"{found} image placeholders, but its crops give {count} features"):
+            model(dataclasses.replace(made, tokens=tokens))
 
 
 def test_no_tensor_of_row_by_row_entries(one_rank):

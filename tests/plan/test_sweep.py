@@ -132,6 +132,14 @@ def test_report(recipe):
             assert any(words[-2:] == ends and talk.kind in words for words in moved), talk
 
 
+def test_imbalance_is_that_of_the_fullest_rank():
+    found = plan("molmo2_4b/stage3.yaml", "h100", 2, 8)
+    found = dataclasses.replace(found, row=dataclasses.replace(found.row, crops=found.layout.crop_ranks + 1))
+    load = workload.load(found.row, found.config, found.layout)
+    mean = found.config.train.micro_batch * found.row.crops / found.layout.crop_ranks
+    assert found.imbalance == pytest.approx(load.crops / mean) and found.imbalance > 1.2
+
+
 #: Cluster that each recipe names in its comments.
 CLUSTERS = [
     *((f"molmo2_4b/stage{n}.yaml", "h100", 2, 8) for n in (1, 2, 3)),

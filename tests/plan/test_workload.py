@@ -49,6 +49,10 @@ def test_load_of_the_fullest_rank():
     load = workload.load(row, settings, Layout(8, tensor=2, context=4))
     assert load.crops == 3  # 20 crops of two rows over 8 ranks
     assert load.part == 634 and load.all_windows == 2 * row.windows
+    assert (load.queries, load.pairs) == (2536, 2 * row.pairs)
+    # Heads dealt among two context ranks; the other two have the other half of the queries.
+    load = workload.load(row, settings, Layout(8, tensor=2, context=4, ulysses=2))
+    assert (load.queries, load.pairs) == (1268, row.pairs)
 
 
 @pytest.mark.parametrize("options, words", [({"loss_share": 0.0}, "loss share of 0.0"), ({"crops": -1}, "-1 crops")])

@@ -32,6 +32,13 @@ def test_cut_leaves_a_log_that_ends_at_the_checkpoint(tmp_path):
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n' and not (tmp_path / "metrics.jsonl.cut").exists()
 
 
+def test_cut_trusts_no_line_without_an_end(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}')  # the next line would be written behind it
+    directory.cut(log, 2)
+    assert log.read_text() == '{"step": 1}\n'
+
+
 def test_differences_names_what_changes_learning_and_ignores_layout_and_logging():
     saved = load.to_dict(Config())
     assert directory.differences(saved, Config()) == {}

@@ -84,6 +84,7 @@ def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeyp
     assert all(set(promised) <= set(line) for line in metrics)
     assert [line["step"] for line in metrics if "eval_loss" in line] == [3, 6]
     assert metrics[-1]["loss"] < metrics[0]["loss"] and metrics[0]["mfu"] is None
+    assert all(0 < line["fill"] == line["useful_tokens"] / line["tokens"] < 1 for line in metrics)
     ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert [line["step"] for line in ledger] == [1, 2, 3, 4, 5, 6]
     assert all({"window", "offset", "keys_hash", "skipped"} <= set(line) for line in ledger)

@@ -122,3 +122,15 @@ def test_counters_of_a_step_are_those_of_its_batches(tmp_path):
             assert step.global_loss_weight == pytest.approx(weight, rel=1e-6)
     finally:
         loader.close()
+
+
+def test_speed_counts_what_is_computed_and_not_what_is_frozen(one_rank):
+    from megatron_vlm.config.schema import Config, ModelConfig
+    from megatron_vlm.train import metrics
+    from megatron_vlm.train.step import Outcome
+
+    work = cost.Work(100, 5000, 50, 2, 10, 40)
+    config = Config(model=ModelConfig(freeze=("vision", "base_embeddings")))
+    flops = cost.training(architecture(config.model), work, ("vision",))
+    told = metrics.speed(config, Outcome(1.0, {}, 1.0, work), 2.0, 0.5)
+    assert told == {"step_time_s": 2.0, "data_wait_s": 0.5, "model_flops_per_s": flops / 2, "mfu": None}

@@ -256,7 +256,7 @@ def test_a_run_stopped_on_layout_after_layout_logs_what_the_one_that_never_stopp
             optim=dataclasses.replace(
                 config.optim, vision=vision, base_embeddings=table, schedule="wsd", decay_steps=4
             ),
-            log=dataclasses.replace(config.log, tensorboard=False),
+            log=dataclasses.replace(config.log, tensorboard=False, norms_every=1),
         )
 
     pool(1).run(_run, settings("whole"), 7, timeout_s=120)
@@ -276,5 +276,13 @@ def test_a_run_stopped_on_layout_after_layout_logs_what_the_one_that_never_stopp
     for one, other in zip(whole, changed, strict=True):
         same = [name for name in one if name not in CLOCKS]
         assert {name: other[name] for name in same} == pytest.approx({name: one[name] for name in same}, rel=1e-5)
+    whole, changed = (
+        [json.loads(line) for line in (tmp_path / name / "norms.jsonl").read_text().splitlines()]
+        for name in ("whole", "changed")
+    )
+    for one, other in zip(whole, changed, strict=True):
+        assert other["step"] == one["step"]
+        assert other["gradients"] == pytest.approx(one["gradients"], rel=1e-4, abs=1e-6)
+        assert other["parameters"] == pytest.approx(one["parameters"], rel=1e-5)
     ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("whole", "changed")]
     assert ledgers[0] == ledgers[1]  # the same rows in the same order
