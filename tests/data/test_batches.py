@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vlm.data.batches import arrange
+from megatron_vlm.data.batches import _others, arrange
 from megatron_vlm.data.loader import Loader, Share, Step
 from tests.data.world import ARCH, build, config
 
@@ -65,6 +65,12 @@ def test_batches_hold_about_as_many_samples() -> None:
     order = arrange((1000 * counts).tolist(), samples, (1.0, 0.0), (0, 1), [16] * 4, 8, random.Random(0))
     held = counts[order].reshape(4, 16).sum(axis=1)
     assert (abs(held / held.mean() - 1) < 0.5).all()
+
+
+def test_the_dearest_of_the_others() -> None:
+    """Guessed wrong, exchanges go round in circles until their limit."""
+    for costs, others in (([5, 2, 1], [2, 5, 5]), ([3, 1, 3], [3, 3, 3]), ([4], [0])):
+        assert _others(np.asarray(costs, dtype=float)).tolist() == others
 
 
 @pytest.mark.parametrize("sizes", [[64], [40, 24]])

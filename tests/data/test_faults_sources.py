@@ -17,6 +17,7 @@ from megatron_vlm.data.plan import Row, Sample
 from megatron_vlm.data.sets import units
 from megatron_vlm.data.sets.build import build
 from megatron_vlm.data.shards import Shards
+from megatron_vlm.data.tar import index_tar
 from megatron_vlm.data.tree import TreeSettings, tokenize
 from megatron_vlm.data.verify import verify
 from megatron_vlm.data.writer import ShardWriter
@@ -75,6 +76,14 @@ def test_a_key_twice_in_the_index_is_told(shards: Path) -> None:
     faults = verify(shards)
     assert any("has a key twice" in fault for fault in faults)
     assert any("the index does not lead to it" in fault for fault in faults)
+
+
+def test_a_file_that_no_tar_holds_is_told(shards: Path) -> None:
+    """Zeros from the last header on are an end of the tar like any other."""
+    tar = shards / "media/000000.tar"
+    last = index_tar(tar)[-1]
+    write(tar, last.header, bytes(tar.stat().st_size - last.header))
+    assert "the tars hold 4 files, the manifest says 5." in verify(shards)
 
 
 def test_a_sample_key_twice_is_told(shards: Path) -> None:

@@ -139,6 +139,12 @@ def test_a_stream_goes_on_in_the_same_loader(folder):
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"sequence_length": 640}, "sequence_length was 512 and is now 640"),
         ({"prompts": "style"}, "prompts was 'style_and_length' and is now 'style'"),
+        ({"window": 32}, "window was 64 and is now 32"),
+        ({"max_crops": 16}, "max_crops was 12 and is now 16"),
+        ({"image_crops": 3}, "image_crops was 4 and is now 3"),
+        ({"max_images": 2}, "max_images was 5 and is now 2"),
+        ({"multi_image_crops": 1}, "multi_image_crops was 0 and is now 1"),
+        ({"loss_weighting": "root_tokens"}, "loss_weighting was 'uniform' and is now 'root_tokens'"),
     ],
 )
 def test_other_settings_do_not_resume(folder, change, complaint):

@@ -87,9 +87,9 @@ def test_only_what_is_needed_is_decoded(monkeypatch):
     data = clip(steady(120), gop=10)
     timeline = video.scan(data, name="x").timeline
     decoded.clear()
-    assert numbers(data, [0.2, 0.4, 9.05], timeline) == [2, 4, 90]
+    assert numbers(data, [0.2, 0.4, 9.25], timeline) == [2, 4, 92]
     # Frames 0 to 4, then from the key frame 90 on.
-    assert len(decoded) <= 8
+    assert len(decoded) <= 10
     decoded.clear()
     data = clip(steady(120), gop=1000)
     assert numbers(data, [0.2, 1.0, 9.0], dataclasses.replace(timeline, keys=timeline.keys[:1])) == [2, 10, 90]

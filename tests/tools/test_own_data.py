@@ -37,6 +37,7 @@ def folder(tmp_path: Path) -> Path:
         {"image_path": "red.png", "question": "What color?", "answer": "Red.", "key": "asked", "info": {"id": 3}},
         {"image_path": "red.png", "label": "dots", "points": [[10, 5], [30, 20]], "style": "point_count"},
         {"image_path": "blue.jpg", "label": "dots", "points": [[25, 50]], "unit": "percent"},
+        {"image_paths": ["red.png", "blue.jpg"], "label": "dots", "points": [[10, 5], [15, 30, 2]]},
         {"image_path": "blue.jpg", "branches": [{"caption": "Blue."}, {"label": "cats", "points": []}]},
         {
             "image_paths": ["red.png", "blue.jpg"],
@@ -66,15 +67,16 @@ def test_every_form_of_a_line_arrives(folder: Path) -> None:
     shards = build(folder)
     samples = [shards.example("mine", "train", index) for index in range(shards.count("mine", "train"))]
     assert [[branch.style for branch in sample.branches] for sample in samples] == [
-        ["long_caption"], ["user_qa"], ["point_count"], ["pointing"], ["long_caption", "pointing"],
+        ["long_caption"], ["user_qa"], ["point_count"], ["pointing"], ["pointing"], ["long_caption", "pointing"],
         ["user_qa"], ["text_sft"], ["text_sft"], ["text_sft"],
     ]  # fmt: skip
     assert samples[1].key == "asked" and samples[1].info == {"id": 3}
     assert samples[2].branches[0].turns[0].answer == Points("dots", (Point(1, 0.25, 0.25), Point(1, 0.75, 1.0)))
     assert samples[3].branches[0].turns[0].answer == Points("dots", (Point(1, 0.25, 0.5),))
-    assert samples[4].branches[1].turns[0].answer == Points("cats", ())
-    assert samples[5].branches[0].turns == (Turn("Which is blue?", "The second."),)
-    assert [len(sample.media) for sample in samples] == [1, 1, 1, 1, 1, 2, 0, 0, 0]
+    assert samples[4].branches[0].turns[0].answer == Points("dots", (Point(1, 0.25, 0.25), Point(2, 0.5, 1.0)))
+    assert samples[5].branches[1].turns[0].answer == Points("cats", ())
+    assert samples[6].branches[0].turns == (Turn("Which is blue?", "The second."),)
+    assert [len(sample.media) for sample in samples] == [1, 1, 1, 1, 2, 1, 2, 0, 0, 0]
     assert shards.media(samples[0].media[0].key) == (folder / "red.png").read_bytes()
     build_shards.main(["verify", str(folder / "shards")])
 
@@ -173,13 +175,13 @@ def test_page_shows_the_samples_and_escapes_their_text(folder: Path, capsys: pyt
     build(folder)
     look = folder / "look"
     inspect_data.main([str(folder / "shards"), "--num-samples", "99", "--out", str(look)])
-    assert re.search(r"mine +train +9 +10 +7 +0 ", capsys.readouterr().out)
+    assert re.search(r"mine +train +10 +11 +9 +0 ", capsys.readouterr().out)
     page = (look / "index.html").read_text()
     assert "<b>red</b>" not in page and "&lt;b&gt;red&lt;/b&gt; &amp; nothing" in page
-    assert page.count("<article>") == 9
+    assert page.count("<article>") == 10
     assert not re.search(r"(src|href)=\"(?!data:image/png;base64,)", page), "the page must hold everything it shows"
     images = re.findall(r"base64,([^\"]+)", page)
-    assert len(images) == len(list(look.glob("*.png"))) == 7
+    assert len(images) == len(list(look.glob("*.png"))) == 9
     assert base64.b64decode(images[0]).startswith(b"\x89PNG")
 
 

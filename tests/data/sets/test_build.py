@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_vlm.data.example import Points, to_json
@@ -82,6 +83,12 @@ def test_all_families_arrive(downloads: Path, tmp_path: Path) -> None:
 def test_processes_and_buckets_do_not_change_the_samples(
     downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Rows about one image in two files: still one sample.
+    annotations = next((downloads / TABLE["pixmo_points_train"].folder("pixmo_points_train")).rglob("*.parquet"))
+    table = pq.read_table(annotations)
+    assert "0.parquet" in annotations.name
+    pq.write_table(table.slice(0, 11), annotations)
+    pq.write_table(table.slice(11), annotations.with_name(annotations.name.replace("0.parquet", "1.parquet")))
     build(NAMES, downloads, tmp_path / "plain")
     small_buckets(monkeypatch)
     build(NAMES, downloads, tmp_path / "one")
