@@ -84,15 +84,28 @@ def test_another_version_of_the_file_starts_anew(server: Server, tmp_path: Path)
     assert (tmp_path / "file").read_bytes() == new
 
 
-def test_without_an_etag_nothing_is_appended(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"one"'}])
+def test_without_a_strong_etag_nothing_is_appended(server: Server, tmp_path: Path, headers: dict[str, str]) -> None:
     def cut_once(handler: BaseHTTPRequestHandler, seen: int) -> None:
         body = CONTENT[:5000] if seen == 0 else CONTENT
-        send(handler, body=body, Content_Length=str(len(CONTENT)))
+        send(handler, body=body, Content_Length=str(len(CONTENT)), **headers)
         handler.close_connection = True
 
     fetch(server, tmp_path / "file", cut_once)
     assert (tmp_path / "file").read_bytes() == CONTENT
     assert "Range" not in server.requests[1][1]
+
+
+def test_another_part_than_asked_for_is_not_appended(server: Server, tmp_path: Path) -> None:
+    def wrong_once(handler: BaseHTTPRequestHandler, seen: int) -> None:
+        if seen == 1:
+            whole_range = f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"
+            send(handler, 206, CONTENT, Content_Range=whole_range, ETag='"one"')
+        else:
+            cut_then_rest(handler, seen) if seen == 0 else whole(handler, seen)
+
+    fetch(server, tmp_path / "file", wrong_once)
+    assert (tmp_path / "file").read_bytes() == CONTENT and len(server.requests) == 3
 
 
 def test_failures_are_tried_again_and_the_wait_asked_for_is_kept(server: Server, tmp_path: Path) -> None:

@@ -132,3 +132,10 @@ def test_a_size_that_lies_is_an_error():
     data = saved(noise(size=(64, 64)), "JPEG")
     with pytest.raises(ValueError, match="image x"):
         decode(with_size(data, 64, 4000), name="x")
+
+
+def test_a_mask_is_what_is_bright_from_the_middle_on():
+    stream = io.BytesIO()
+    Image.fromarray(np.asarray([[0, 127, 128, 255]], dtype=np.uint8)).save(stream, "PNG")
+    assert image.mask(stream.getvalue(), 0, name="x").tolist() == [[False, False, True, True]]
+    assert image.mask(stream.getvalue(), 127, name="x").tolist() == [[False, True, False, False]]
