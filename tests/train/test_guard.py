@@ -52,6 +52,12 @@ def test_refused_steps_are_counted_and_leave_the_estimate_alone():
     assert guard.judge(24, {"loss": 2.0}) is None and guard.refused == 0
 
 
+def test_only_the_last_steps_are_remembered():
+    history = _seen(Guard(GuardConfig(history=LEAST_HISTORY)), LEAST_HISTORY + 5).state()["history"]
+    steps = range(6, LEAST_HISTORY + 6)
+    assert history == {"loss": [2 + 0.1 * math.sin(step) for step in steps], "language": [1.0] * LEAST_HISTORY}
+
+
 def test_state_goes_through_json_and_gives_the_same_verdicts():
     guard = _seen(Guard(GuardConfig(spike="skip")))
     again = Guard(guard.config, json.loads(json.dumps(guard.state())))

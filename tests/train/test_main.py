@@ -15,6 +15,7 @@ import yaml
 
 from megatron_vlm.config import load
 from megatron_vlm.train import __main__ as command
+from megatron_vlm.train import ending
 from tests.data import world as data
 from tests.train.kills import CLOCKS
 from tools import ckpt
@@ -68,6 +69,8 @@ def _fails(capsys, *argv):
 def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeypatch):
     for number, name in enumerate(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")):
         monkeypatch.setenv(name, f"a-secret-word-{number}")
+    saved: list[float] = []
+    monkeypatch.setattr(ending.Watch, "saved", lambda self, took_s: saved.append(took_s))
     logs = ("log.profile=[2]", "log.norms_every=3")
     assert command.main([str(recipe), *logs]) == 0
     said = capsys.readouterr().out
@@ -98,6 +101,7 @@ def test_a_run_writes_what_the_design_promises(recipe, tmp_path, capsys, monkeyp
     }  # fmt: skip
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert kept == ["frozen", "iter_0000004", "iter_0000006", "latest"]
+    assert len(saved) == 3 and min(saved) > 0  # time that a time limit has to leave
     # A second start has nothing to do, and says so.
     assert command.main([str(recipe)]) == 0
     assert capsys.readouterr().out.startswith(f"Resuming {run} from step 6")
@@ -233,12 +237,15 @@ def test_a_run_told_to_end_saves_asks_for_a_requeue_and_keeps_others_out_until_t
 @pytest.mark.processes
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(recipe, tmp_path):
     overrides = ("train.steps=9", "train.residual_dropout=0.1", "data.workers=1")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "exit.json").write_text('{"outcome": "requeue"}')  # of an earlier job
     whole = _start(recipe, f"run.dir={tmp_path / 'whole'}", *overrides)
     killed = _start(recipe, f"run.dir={tmp_path / 'killed'}", *overrides)
     # Killed between the checkpoints of steps 4 and 6, when step 5 has been logged.
     _wait_for_lines(killed, tmp_path / "killed" / "metrics.jsonl", 5)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=100)  # ends when its decoding workers have ended too: they hold the same output
+    assert not (tmp_path / "killed" / "exit.json").exists()  # how this one ended is not known
     assert whole.wait(timeout=200) == 0, whole.communicate()[0]
     again = _start(recipe, f"run.dir={tmp_path / 'killed'}", *overrides)
     said, _ = again.communicate(timeout=200)
