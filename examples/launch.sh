@@ -26,7 +26,7 @@ launch() {
     recipe="$root/examples/recipes/$size/$stage.yaml"
     python="${PYTHON:-python}"
     if [ ! -f "$recipe" ]; then
-        echo "RECIPE=$size has no $stage: $recipe is not there. Sizes: $(cd "$root/examples/recipes" && ls -d */stage1.yaml | xargs -n 1 dirname | tr '\n' ' ')" >&2
+        echo "RECIPE=$size has no $stage: $recipe is not there. Sizes: $(cd "$root/examples/recipes" && ls -d */"$stage".yaml | xargs -n 1 dirname | tr '\n' ' ')" >&2
         return 2
     fi
     # Works from a clone that is not installed, too.

@@ -66,6 +66,11 @@ def find(directory: str | Path) -> Path:
     if (directory / ".metadata").is_file() or step(directory) >= 0:
         return directory
     found = latest(directory) or latest(directory / "checkpoints")
+    if found is None and (directory / "config.json").is_file():
+        raise ValueError(
+            f"there is no checkpoint at {directory}: it looks like a model in Hugging Face format. Make a checkpoint of "
+            "it with tools/convert_hf.py import."
+        )
     if found is None:
         raise ValueError(
             f"there is no checkpoint at {directory}: neither it nor its folder `checkpoints` holds iter_* directories. "

@@ -80,3 +80,6 @@ def test_run_directory_checkpoints_and_checkpoint_are_all_understood(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither it nor its folder `checkpoints` holds iter_"):
         directory.find(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="Hugging Face format. Make a checkpoint of it with tools/convert_hf.py"):
+        directory.find(tmp_path / "empty")

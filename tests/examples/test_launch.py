@@ -150,7 +150,9 @@ def test_the_size_comes_from_recipe():
     assert "/molmo2_8b/stage1.yaml" in shown("bash", "examples/pretrain_stage1.sh", RECIPE="molmo2_8b")
     done = start("bash", "examples/pretrain_stage1.sh", RECIPE="gigantic")
     assert done.returncode == 2 and "RECIPE=gigantic has no stage1" in done.stderr and " tiny " in done.stderr
-    assert "mixtures" not in done.stderr
+    assert "mixtures" not in done.stderr and "tiny_video" not in done.stderr  # which is a third stage alone
+    done = start("bash", "examples/longcontext_stage3.sh", RECIPE="gigantic")
+    assert "RECIPE=gigantic has no stage3" in done.stderr and " tiny_video " in done.stderr
 
 
 @pytest.mark.parametrize(("stage", "before"), [("stage2", "stage1"), ("stage3", "stage2")])
