@@ -68,8 +68,8 @@ def find(directory: str | Path) -> Path:
     found = latest(directory) or latest(directory / "checkpoints")
     if found is None and (directory / "config.json").is_file():
         raise ValueError(
-            f"there is no checkpoint at {directory}: it looks like a model in Hugging Face format. Make a checkpoint of "
-            "it with tools/convert_hf.py import."
+            f"there is no checkpoint at {directory}: it looks like a model in Hugging Face format. Make a checkpoint "
+            "of it with tools/convert_hf.py import."
         )
     if found is None:
         raise ValueError(
