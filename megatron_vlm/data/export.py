@@ -15,13 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from megatron_vlm.data.example import Example, to_json
+from megatron_vlm.data.partial import partial
 from megatron_vlm.data.shards import Shards
 from megatron_vlm.data.tar import Member, add_member, end_tar, index_tar, sample_headers, write_offsets
 
@@ -36,7 +36,7 @@ def write(shards: Shards, dataset: str, out: Path, *, shard_bytes: int = 1 << 30
 
     shard_bytes: a tar is closed when it has grown to this size. Raises ValueError where the folder exists.
     """
-    folder, partial = out / dataset, out / f"{dataset}.partial-{os.getpid()}"
+    folder = out / dataset
     if folder.exists():
         raise ValueError(f"{folder} exists already. Choose another directory.")
     extensions = {
@@ -44,19 +44,15 @@ def write(shards: Shards, dataset: str, out: Path, *, shard_bytes: int = 1 << 30
         for name in shards.manifest["media"]["shards"]
         for member in index_tar(shards.directory / name)
     }
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with partial(folder) as unfinished:
         counts = {
-            split: dict(_tars(shards, dataset, split, extensions, partial, shard_bytes))
+            split: dict(_tars(shards, dataset, split, extensions, unfinished, shard_bytes))
             for split in shards.splits(dataset)
         }
         for split, tars in counts.items():
-            _describe_to_wids(partial, dataset, split, tars)
-        _describe_to_energon(partial, dataset, counts)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _describe_to_wids(unfinished, dataset, split, tars)
+        _describe_to_energon(unfinished, dataset, counts)
+        os.rename(unfinished, folder)
     return [folder / name for tars in counts.values() for name in tars]
 
 

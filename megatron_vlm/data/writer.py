@@ -16,9 +16,10 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 import zlib
 from array import array
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -30,6 +31,7 @@ from megatron_vlm.data import video
 from megatron_vlm.data.digests import Digests
 from megatron_vlm.data.example import NAME, Example, Media, to_json
 from megatron_vlm.data.image import EXTENSIONS, probe
+from megatron_vlm.data.partial import partial
 from megatron_vlm.data.tar import add_member, end_tar, write_offsets
 
 #: Version of the directory's form; a reader refuses another one.
@@ -73,7 +75,9 @@ class ShardWriter:
         self.directory = Path(directory)
         self._shard_bytes = shard_bytes
         self._overwrite = overwrite
-        self._partial = self.directory.with_name(f"{self.directory.name}.partial-{os.getpid()}")
+        self._partial = Path()
+        """Where it is written, while the `with` block lasts."""
+        self._given_up = ExitStack()
         if self.directory.exists() and not (overwrite and (self.directory / "manifest.json").is_file()):
             other = "it holds no shards, and only shards are replaced" if overwrite else "--overwrite replaces shards"
             raise ValueError(f"{self.directory} exists already. Choose another --out; {other}.")
@@ -86,9 +90,9 @@ class ShardWriter:
         self._files: list[str] = []
 
     def __enter__(self) -> ShardWriter:
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial = self._given_up.enter_context(partial(self.directory))
         for folder in ("media", "samples"):
-            (self._partial / folder).mkdir(parents=True)
+            (self._partial / folder).mkdir()
         return self
 
     def __exit__(
@@ -117,7 +121,7 @@ class ShardWriter:
         for close in (*closings, *([self._tar.close] if self._tar else [])):
             with suppress(OSError):  # a full disk does not take the rest either
                 close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        self._given_up.close()
 
     def add_image(self, data: bytes) -> Media:
         """Store an image file as it is, once however often it is added.
@@ -227,7 +231,7 @@ class ShardWriter:
 
     def _move(self) -> None:
         if self._overwrite and self.directory.exists():
-            retired = self._partial.with_name(f"{self._partial.name}.old")
+            retired = self.directory.with_name(f"{self.directory.name}.old-{uuid.uuid4().hex[:12]}")
             os.rename(self.directory, retired)
             os.rename(self._partial, self.directory)
             shutil.rmtree(retired)

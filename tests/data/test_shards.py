@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -125,9 +127,21 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_what_killed_builds_left_goes_with_the_next_and_what_lives_stays(tmp_path):
+    killed = "import os, sys; from megatron_vlm.data.writer import ShardWriter\n"
+    killed += "with ShardWriter('shards'), ShardWriter('other'): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, timeout=60)
+    assert len(os.listdir(tmp_path)) == 2
+    with ShardWriter(tmp_path / "shards") as first, ShardWriter(tmp_path / "shards") as second:
+        assert len(list(tmp_path.glob("shards.partial-*"))) == 2 and len(list(tmp_path.glob("other.partial-*"))) == 1
+        for writer in (first, second):
+            writer.add(sample("a"), "text", "train")
+    assert len(list(tmp_path.glob("*.partial-*"))) == 1
+    assert Shards(tmp_path / "shards").count("text", "train") == 1
+
+
 def test_the_same_build_twice_at_once(tmp_path):
     first, second = ShardWriter(tmp_path / "shards"), ShardWriter(tmp_path / "shards")
-    second._partial = tmp_path / "other"
     with first, second:
         for writer in (first, second):
             writer.add(sample("a"), "text", "train")

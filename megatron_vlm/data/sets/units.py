@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.data.example import Media
 from megatron_vlm.data.image import decode
+from megatron_vlm.data.partial import partial
 from megatron_vlm.data.sets import source
 from megatron_vlm.data.sets.draft import Draft, Reference, from_line, to_line
 from megatron_vlm.data.sets.group import trees
@@ -80,11 +81,10 @@ def spread(places: Places, unit: Unit, number: int) -> None:
     target = places.spread(unit, number)
     if target.is_dir():
         return
-    partial = _fresh(target)
     entry = find(unit.dataset)
     context = source.context(entry, unit.dataset, places.source, find)
-    streams = [(partial / f"{bucket:06d}.jsonl").open("wb") for bucket in range(unit.buckets)]
-    try:
+    with partial(target) as unfinished, ExitStack() as stack:
+        streams = [stack.enter_context((unfinished / f"{n:06d}.jsonl").open("wb")) for n in range(unit.buckets)]
         for place, draft in source.drafts(entry, unit.pieces[number], context):
             bucket = 0
             try:
@@ -96,10 +96,8 @@ def spread(places: Places, unit: Unit, number: int) -> None:
             except ValueError as error:  # of the row, or of a draft that no file can hold
                 line = json.dumps({"place": place, "error": str(error), "reason": _reason(error)}).encode()
             streams[bucket].write(line + b"\n")
-    finally:
-        for stream in streams:
-            stream.close()
-    partial.rename(target)
+        stack.close()
+        _settle(unfinished, target)
 
 
 def _drafts(places: Places, unit: Unit) -> Iterator[tuple[str, Draft | ValueError]]:
@@ -166,9 +164,17 @@ def build_unit(places: Places, unit: Unit) -> None:
             if not count:
                 raise _Empty
     except _Empty:
-        partial = _fresh(target)
-        (partial / LEFT_OUT).write_bytes(lines(left_out))
-        partial.rename(target)
+        with partial(target) as unfinished:
+            (unfinished / LEFT_OUT).write_bytes(lines(left_out))
+            _settle(unfinished, target)
+
+
+def _settle(unfinished: Path, target: Path) -> None:
+    try:
+        unfinished.rename(target)
+    except OSError:  # another process made the same part first
+        if not target.is_dir():
+            raise
 
 
 def _reason(error: ValueError) -> str:
@@ -177,14 +183,6 @@ def _reason(error: ValueError) -> str:
 
 class _Empty(Exception):
     """A unit without a sound sample."""
-
-
-def _fresh(target: Path) -> Path:
-    """An empty directory beside `target`, to be renamed to it."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
 
 
 def lines(records: list[dict[str, str]]) -> bytes:
