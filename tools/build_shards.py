@@ -253,10 +253,10 @@ def _parser() -> argparse.ArgumentParser:
         "names", nargs="+", metavar="NAME", help=f"data sets as mixtures name them; {len(TABLE)} are known"
     )
     sets.add_argument("--source", required=True, type=Path, help="directory that tools/download_data.py wrote")
-    sets.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    sets.add_argument("--max-left-out", type=_share, default=0.2, metavar="SHARE",
+    sets.add_argument("--workers", type=count, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    sets.add_argument("--max-left-out", type=share, default=0.2, metavar="SHARE",
                       help="share of a data set that may be missing or unsound (default: %(default)s)")  # fmt: skip
-    sets.add_argument("--held-out", type=_share, default=0.0, metavar="SHARE",
+    sets.add_argument("--held-out", type=share, default=0.0, metavar="SHARE",
                       help="share of train that goes to validation (default: 0)")  # fmt: skip
     sets.add_argument("--mixture", help="write mixture.yaml as this one, without what is not built (default: by size)")
     _add_output(sets)
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_splits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="split of the samples (default: %(default)s)")
     parser.add_argument(
-        "--held-out", type=_share, default=0.0, metavar="SHARE", help="share of the samples kept out (default: 0)"
+        "--held-out", type=share, default=0.0, metavar="SHARE", help="share of the samples kept out (default: 0)"
     )
     parser.add_argument("--held-out-split", default="validation", help="split of those (default: %(default)s)")
     parser.add_argument("--max-bad", type=int, default=0, help="bad lines or samples to leave out (default: 0)")
@@ -300,23 +300,23 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser, *, overwrite: bool = True) -> None:
     parser.add_argument("--out", required=True, type=Path, help="directory to write; must not exist")
-    parser.add_argument("--shard-mb", type=_positive, default=1024, help="size of a tar in MiB (default: %(default)s)")
+    parser.add_argument("--shard-mb", type=count, default=1024, help="size of a tar in MiB (default: %(default)s)")
     if overwrite:
         parser.add_argument("--overwrite", action="store_true", help="replace shards that stand at --out")
 
 
-def _positive(text: str) -> int:
+def count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1.")
     return number
 
 
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 <= share < 1:
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share: 0 or more, less than 1.")
-    return share
+    return value
 
 
 if __name__ == "__main__":

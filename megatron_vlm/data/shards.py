@@ -142,7 +142,7 @@ class Shards:
         if dataset not in self.manifest["datasets"]:
             raise ValueError(
                 f"{self.directory} has no data set {dataset!r}; it has {', '.join(self.datasets)}. "
-                "Correct the mixture, or build shards that hold it."
+                "Correct the name (in the mixture, or in what you asked for), or build shards that hold it."
             )
 
     def _check_files(self) -> None:
