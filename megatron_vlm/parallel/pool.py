@@ -30,6 +30,8 @@ GRACE_S = 2.0
 #: get a short time to form, and a call whose groups did not form is made again.
 CONNECT_S = 15.0
 TRIES = 3
+#: Key in the ranks' store: how many are connected to all others.
+CONNECTED = "connected"
 
 
 class Pool:
@@ -56,6 +58,8 @@ class Pool:
             try:
                 return self._run(function, args, timeout_s)
             except ConnectionError as error:
+                # torch counts a group that did not form, but not on the ranks where it did: their names would differ.
+                self.close()
                 print(f"{error}\nTrying again.", file=sys.stderr)
         return self._run(function, args, timeout_s)
 
@@ -176,6 +180,7 @@ def _call(rank: int, world: int, device: str, task: bytes) -> tuple[float, Any]:
             dist.distributed_c10d._set_pg_timeout(timeout)
         except Exception:
             return -1.0, traceback.format_exc()
+        shared.add(CONNECTED, 1)
         return 0.0, function(*args)
     except BaseException:
         # The time is taken before the groups go: other ranks fail because of that, and later.
@@ -183,6 +188,10 @@ def _call(rank: int, world: int, device: str, task: bytes) -> tuple[float, Any]:
     finally:
         groups.destroy()
         if dist.is_initialized():
+            # Others may be connecting still where this rank's function was short; without this rank they would fail.
+            patience = time.monotonic() + CONNECT_S
+            while shared.add(CONNECTED, 0) < world and time.monotonic() < patience:
+                time.sleep(0.01)
             dist.destroy_process_group()
         forget_models()
         faulthandler.cancel_dump_traceback_later()  # the end of a group may hang, too
