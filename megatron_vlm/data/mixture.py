@@ -24,10 +24,11 @@ from typing import Any
 
 import yaml
 
+from megatron_vlm.config.load import RECIPES
 from megatron_vlm.data.example import NAME
 
 #: Where mixtures are found by name.
-FOLDER = Path(__file__).parents[2] / "examples" / "recipes" / "mixtures"
+FOLDER = RECIPES / "mixtures"
 
 
 @dataclass(frozen=True)

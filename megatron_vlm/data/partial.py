@@ -33,7 +33,8 @@ def partial(directory: Path) -> Iterator[Path]:
             unlocked.rename(path)
             yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        for left in (unlocked, path):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

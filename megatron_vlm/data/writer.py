@@ -90,9 +90,11 @@ class ShardWriter:
         self._files: list[str] = []
 
     def __enter__(self) -> ShardWriter:
-        self._partial = self._given_up.enter_context(partial(self.directory))
-        for folder in ("media", "samples"):
-            (self._partial / folder).mkdir()
+        with ExitStack() as stack:
+            self._partial = stack.enter_context(partial(self.directory))
+            for folder in ("media", "samples"):
+                (self._partial / folder).mkdir()
+            self._given_up = stack.pop_all()
         return self
 
     def __exit__(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +125,21 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_vlm.data.writer.write_offsets", full)
     with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path / "shards") as writer:
         writer.add(sample("a", writer.add_image(picture(np.random.default_rng(0)))), "captions", "train")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["mkdir", "rename"])
+def test_a_disk_that_is_full_at_once_leaves_nothing(tmp_path, monkeypatch, name):
+    whole = getattr(os, name)
+
+    def full(path, *rest, **options):
+        if name == "rename" or Path(path).name == "samples":
+            raise OSError(28, "No space left on device")
+        return whole(path, *rest, **options)
+
+    monkeypatch.setattr(os, name, full)
+    with pytest.raises(OSError, match="No space"), ShardWriter(tmp_path / "shards"):
+        raise AssertionError("nothing can be written")
     assert os.listdir(tmp_path) == []
 
 

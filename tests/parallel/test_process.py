@@ -38,7 +38,6 @@ def test_the_processes_of_a_node_share_its_cores(monkeypatch, processes, given, 
     assert os.environ.get("RAYON_NUM_THREADS") == threads
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
 def test_the_tokenizers_library_keeps_to_it():
     code = (
         "import os\n"
